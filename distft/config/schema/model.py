@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distft.config.schema.knob import choice
+
+
+@dataclass
+class TinyShape:
+    """The Llama that `model=tiny` builds with random weights, and the size of its byte-level BPE vocabulary."""
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    vocab_size: int = 4096
+
+
+@dataclass
+class Model:
+    name: str = choice("tiny", "hf")
+    """tiny: a small Llama with random weights, built here. hf: any Hugging Face causal language model."""
+
+    path: str | None = None
+    """Folder or hub id of the model (`model=hf`). A hub id is fetched once, before the workers start."""
+
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+
+    attention: str = choice("auto", "varlen", "sdpa", "eager")
+    """auto: the varlen path where the model allows it, else a slower correct one, and says so."""
+
+    kernels: str = choice("auto", "liger", "none")
+    """Fused RMSNorm, RoPE and SwiGLU from liger-kernel; auto: on CUDA where installed and known for this model."""
+
+    trust_remote_code: bool = False
+    """Run Python that lies in the model's folder. Only for folders you have read."""
+
+    tiny: TinyShape = field(default_factory=TinyShape)

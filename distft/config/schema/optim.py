@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distft.config.schema.knob import choice
+
+
+@dataclass
+class Optim:
+    name: str = choice("adamw", "sgd")
+    """adamw: Loshchilov & Hutter 2019. sgd: plain, without momentum (for proofs)."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+
+    weight_decay: float = 0.01
+    """Decoupled decay, on matrices only: norms, biases and other vectors are left alone."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+
+    eps: float = 1e-8
+    """AdamW's denominator offset."""
+
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass
+class Schedule:
+    name: str = choice("cosine", "linear", "constant", "wsd")
+    """Shape of the learning rate after warm-up; wsd: warm-up, stable, decay."""
+
+    warmup: float = 0.03
+    """Below 1: a share of all steps; 1 or more: a number of steps."""
+
+    final: float = 0.0
+    """Last learning rate as a share of `optim.lr` (cosine, linear, wsd)."""
+
+    decay: float = 0.1
+    """wsd: share of all steps in which the rate falls."""
+
+
+@dataclass
+class Batch:
+    global_size: int = 8
+    """Bins in one optimizer step, over all ranks."""
+
+    micro_size: int = 1
+    """Bins in one forward pass of one rank."""
+
+
+@dataclass
+class Activation:
+    mode: str = choice("none", "selective", "full")
+    """Gradient checkpointing: selective keeps matrix products and attention, full keeps only block inputs."""
+
+
+@dataclass
+class Evaluation:
+    every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+
+    at_start: bool = True
+    """Evaluate before the first step."""
+
+    samples: int = 3
+    """Answers sampled at the last evaluation and logged as a table; 0: none."""
+
+    max_new_tokens: int = 64
+    """Longest sampled answer."""
+
+
+@dataclass
+class Checkpoint:
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+
+    keep: int = 2
+    """Newest checkpoints that stay on disk; the best one stays too."""
+
+    best: str = "eval/loss"
+    """Metric that names the best checkpoint."""
+
+    mode: str = choice("min", "max")
+    """Whether a smaller or a larger value of `checkpoint.best` is better."""
+
+
+@dataclass
+class EarlyStopping:
+    patience: int = 0
+    """Evaluations without a better `checkpoint.best` after which the run ends; 0: off."""
+
+
+@dataclass
+class Guard:
+    patience: int = 5
+    """Steps in a row with a non-finite loss or gradient norm after which the run stops."""
+
+    stall_seconds: float = 600.0
+    """Longest wait of a collective."""
+
+

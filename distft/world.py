@@ -1,0 +1,94 @@
+"""Who this process is among the ranks, and the few collectives that are not a strategy's own."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process. `data_rank` of `data_size` is the share of the global batch that it takes."""
+
+    rank: int
+    size: int
+    local_rank: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def device_for(local_rank: int) -> torch.device:
+    """The GPU of this local rank, or the CPU where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def join(store: Store | None = None, timeout: float = 600.0) -> World:
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous variables.
+
+    A single process without those variables becomes a world of one. `store`: one that is connected already, so that
+    what was agreed before the group existed and the group itself share a port. `timeout`: seconds a collective may
+    take. Every world, also of one rank, has a process group, so that no caller asks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = device_for(local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if store is None:
+            store = dist.HashStore() if size == 1 else next(iter(dist.rendezvous("env://")))[0]
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("process_group", store),
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    torch.set_float32_matmul_precision("highest")
+    return World(rank, size, local_rank, rank, size, device)
+
+
+def leave() -> None:
+    """Leave the process group if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over(world: World, values: torch.Tensor) -> torch.Tensor:
+    """Sum `values` over all ranks, in place, and return them."""
+    import torch.distributed as dist
+
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators; used per micro-batch, so that no generator state is ever saved."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
