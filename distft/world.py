@@ -86,6 +86,13 @@ def sum_over(world: World, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def seed_of(*parts: int) -> int:
+    """One 32-bit seed from several whole numbers, well mixed (NumPy's SeedSequence)."""
+    import numpy
+
+    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators; used per micro-batch, so that no generator state is ever saved."""
     import torch

@@ -63,6 +63,7 @@ class Batch:
 class Step:
     """One global batch as one rank sees it: its own micro-batches, and counts over all ranks known to every rank."""
 
+    index: int  # number of the step in the run, from 0
     micro_batches: tuple[Batch, ...]  # every rank has the same number; short ranks hold empty ones
     num_supervised: int  # over all ranks
     num_tokens: int  # real tokens over all ranks

@@ -1,0 +1,248 @@
+"""The life of a run on one screen: `Fit.run`, and one optimizer step: `Fit.step`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distft.config.schema import Run
+from distft.errors import GuardStop, SignalStop, UserMistake
+from distft.evaluation.loss import evaluate
+from distft.objective.trainee import LossRequest, LossSums
+from distft.optim import lr_at
+from distft.perf import memory
+from distft.world import World, seed_everything, seed_of, sum_over
+
+if TYPE_CHECKING:
+    from distft.checkpoint.state import TrainState
+    from distft.data.batch import Step
+    from distft.data.batches import Plan
+    from distft.log import Log
+    from distft.strategy.base import Strategy
+
+
+class Late:
+    """A number on the device that the host reads one step later, when reading it no longer waits."""
+
+    def __init__(self, value: Tensor) -> None:
+        value = value.detach()
+        if value.device.type == "cuda":
+            self.host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self.host.copy_(value, non_blocking=True)
+            self.event: Any = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host, self.event = value.clone(), None
+
+    def read(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.host)
+
+
+class Agreement:
+    """A flag that any rank may raise and that all ranks see at the same step, one step after it was raised.
+
+    The reduction of a step is started behind it and awaited behind the next one, so that nothing waits for it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.pending: Any = None
+
+    def ask(self, raised: bool) -> bool:
+        """Raise the flag or not for this step; returns what all ranks said on the step before."""
+        if self.group is None:
+            return raised
+        agreed = False
+        if self.pending is not None:
+            self.pending.wait()
+            agreed = bool(self.flag.item())
+        self.flag.fill_(int(raised))
+        self.pending = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+
+@dataclass
+class Interval:
+    """What was done since the last training record: the throughput is its mean, so that no step is waited for."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class Fit:
+    """Everything a run needs, given by verbs/train.py; `state` is all that changes and all that is saved."""
+
+    config: Run
+    world: World
+    strategy: Strategy
+    plan: Plan
+    evaluation_steps: Callable[[], Iterable[Step]] | None
+    steps: Callable[[int, int], Iterator[Step]]  # global batches from first to last, the next one made meanwhile
+    num_steps: int
+    source_names: Sequence[str]
+    eval_source_names: Sequence[str]
+    log: Log
+    state: TrainState
+    save: Callable[[TrainState], None]  # write a checkpoint; collective
+    stop_requested: Callable[[], bool]  # a signal has arrived at this process
+    flops: Callable[[Step], float]  # model FLOPs of one global batch
+    peak_flops: float | None  # of all ranks together; None where unknown
+
+    def run(self) -> str:
+        """Train to the end. Returns `done` or `early_stopped`.
+
+        Raises:
+            GuardStop: `guard.patience` steps in a row had a non-finite loss or gradient norm.
+            SignalStop: a signal arrived; a checkpoint was saved by all ranks at the same step.
+        """
+        config, state = self.config, self.state
+        agreement = Agreement(self.world)
+        self.interval = Interval()
+        self.last: tuple[Late, Step] | None = None
+        self.saved_at = state.step
+        if config.eval.at_start and state.step == 0:
+            self.evaluate()
+
+        for step in self.steps(state.step, self.num_steps):
+            norm, nll = self.step(step)
+            state.step += 1
+            state.cursor = self.plan.cursor(state.step)
+            self.guard(norm, step)
+            if state.step == 1 or self.due(config.log.every):
+                self.record(step, norm, nll)
+            improved = self.due(config.eval.every) and self.evaluate()
+            out_of_patience = 0 < config.early_stopping.patience <= state.evaluations_without_best
+            if self.due(config.checkpoint.every) or out_of_patience or (improved and config.checkpoint.every > 0):
+                self.checkpoint()
+            if out_of_patience:
+                return "early_stopped"
+            if agreement.ask(self.stop_requested()) and state.step < self.num_steps:
+                self.checkpoint()
+                raise SignalStop(f"Stopped by a signal after step {state.step}; the checkpoint of this step is complete.")
+
+        return "done"
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns the gradient norm and this rank's NLL sums by source, both on the device."""
+        config, strategy, world = self.config, self.strategy, self.world
+        nll = torch.zeros(len(self.source_names) + 1, device=world.device)  # by source, then the auxiliary loss
+        for index, batch in enumerate(step.micro_batches):
+            # Random numbers depend on the micro-batch alone, so that neither resuming nor the world size changes them.
+            first_bin = step.first_bin + world.data_rank + world.data_size * config.batch.micro_size * index
+            seed_everything(seed_of(config.seed, self.state.step, first_bin))
+            request = LossRequest(
+                batch.to(world.device),
+                scale=1 / max(1, step.num_supervised),
+                share=batch.num_tokens / max(1, step.num_tokens),
+                num_sources=len(self.source_names),
+            )
+            answer = strategy.forward(request)
+            assert isinstance(answer, LossSums)
+            strategy.backward(answer.loss, last=index == len(step.micro_batches) - 1)
+            nll[:-1] += answer.nll
+            nll[-1] += answer.auxiliary
+        self.interval.steps += 1
+        self.interval.tokens += step.num_tokens
+        self.interval.flops += self.flops(step)
+        return strategy.step(lr_at(self.state.step, self.num_steps, config.optim, config.schedule)), nll
+
+    def due(self, every: int) -> bool:
+        return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
+
+    def guard(self, norm: Tensor, step: Step) -> None:
+        """Look at the norm of the step before: the engine changed nothing where it was not finite; count those.
+
+        The norm is the same number on every rank, so all ranks decide alike.
+        """
+        if self.last:
+            self.judge(*self.last)
+        self.last = (Late(norm), step)
+        if self.state.step == self.num_steps:
+            self.judge(*self.last)
+
+    def judge(self, norm: Late, step: Step) -> None:
+        state = self.state
+        if math.isfinite(norm.read()):
+            state.skipped_in_a_row = 0
+            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row >= self.config.guard.patience:
+            rows = [f"{self.source_names[source]}:{row}" for batch in step.micro_batches for source, row in batch.documents]
+            raise GuardStop(
+                f"The loss or the gradient norm was not finite in {state.skipped_in_a_row} steps in a row, the last of "
+                f"them step {step.index + 1}; none of them changed a weight. Rows of rank {self.world.rank} in that step: "
+                f"{', '.join(rows[:8])}{', …' if len(rows) > 8 else ''}. Lower optim.lr, lengthen schedule.warmup or look "
+                "at these rows with `distft data show`; guard.patience sets how many steps are allowed."
+            )
+
+    def record(self, step: Step, norm: Tensor, nll: Tensor) -> None:
+        """Log this step. The only place of the training path where the host waits for the device."""
+        state, interval = self.state, self.interval
+        *by_source, auxiliary = sum_over(self.world, nll.clone()).double().tolist()
+        seconds = (time.perf_counter() - interval.started) / max(1, interval.steps)
+        record: dict[str, Any] = {
+            "loss": sum(by_source) / max(1, step.num_supervised),
+            "grad_norm": float(norm),
+            "learning_rate": lr_at(state.step - 1, self.num_steps, self.config.optim, self.config.schedule),
+            "tokens": step.num_tokens,
+            "supervised_tokens": step.num_supervised,
+            "tokens_per_second": interval.tokens / max(1, interval.steps) / seconds,
+            "seconds": seconds,
+            "skipped": state.skipped,
+            **memory(self.world.device),
+        }
+        if auxiliary:
+            record["auxiliary_loss"] = auxiliary
+        if self.peak_flops:
+            record["mfu"] = interval.flops / max(1, interval.steps) / seconds / self.peak_flops
+        for index, name in enumerate(self.source_names):
+            if step.source_supervised[index]:
+                record[f"source/{name}/loss"] = by_source[index] / step.source_supervised[index]
+            record[f"source/{name}/tokens"] = step.source_tokens[index]
+        self.log.train(state.step, record)
+        self.interval = Interval()
+
+    def evaluate(self) -> bool:
+        """Evaluate, log, and say whether `checkpoint.best` is better than ever before."""
+        if self.evaluation_steps is None:
+            return False
+        state, started = self.state, time.perf_counter()
+        record = evaluate(self.strategy, self.evaluation_steps(), self.world, self.eval_source_names)
+        self.log.evaluation(state.step, record)
+        self.interval.started += time.perf_counter() - started
+        key = self.config.checkpoint.best.removeprefix("eval/")
+        if key not in record:
+            raise UserMistake(f"checkpoint.best={self.config.checkpoint.best} is not measured; this run has: "
+                              + ", ".join(f"eval/{name}" for name in record))
+        state.last_evaluation = record
+        if state.step == 0:
+            state.first_evaluation = record
+            return False
+        sign = 1 if self.config.checkpoint.mode == "min" else -1
+        if state.best is None or sign * record[key] < sign * state.best:
+            state.best, state.best_step, state.evaluations_without_best = record[key], state.step, 0
+            return True
+        state.evaluations_without_best += 1
+        return False
+
+    def checkpoint(self) -> None:
+        """Save once a step."""
+        if self.saved_at != self.state.step:
+            started = time.perf_counter()
+            self.save(self.state)
+            self.saved_at = self.state.step
+            self.interval.started += time.perf_counter() - started
