@@ -1,0 +1,106 @@
+"""What a run tells while it goes: metrics.jsonl, the screen, and a tracker (W&B or TensorBoard). Rank 0 alone speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from distft.log.background import Background
+from distft.log.lines import Lines
+from distft.log.screen import Screen
+
+if TYPE_CHECKING:
+    from distft.config.schema import Run
+    from distft.world import World
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+class Log:
+    """The voice of a run. On other ranks than 0 every method does nothing, so that callers need not ask.
+
+    `num_steps`: of the whole run. `resumed_step`: the step of the checkpoint that the run goes on from; records past it
+    move to `*.abandoned.jsonl`, as do all of a run folder's records when it starts anew. `wandb_id`: the W&B run to
+    continue, from that checkpoint; `self.wandb_id` is what the next checkpoint should remember (None without W&B).
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        run_dir: Path,
+        world: World,
+        num_steps: int,
+        resumed_step: int | None = None,
+        wandb_id: str | None = None,
+    ) -> None:
+        self.active = world.is_main
+        self.wandb_id: str | None = None
+        self.finished = False
+        if not self.active:
+            return
+        self.screen = Screen(num_steps, resumed_step or 0)
+        self.metrics = Lines(run_dir / METRICS, resumed_step)
+        self.answers = Lines(run_dir / SAMPLES, resumed_step)
+        self.tracker: Background | None = None
+        if run.log.tracker == "wandb":
+            from distft.log.wandb import WandbTracker, new_id
+
+            self.wandb_id = wandb_id or new_id()
+            facts = {"world_size": world.size, "num_steps": num_steps}
+            tracker = WandbTracker(run, run_dir, facts, self.wandb_id, resumed=wandb_id is not None, say=self.say)
+            self.tracker = Background(tracker, "W&B", self.say)
+        elif run.log.tracker == "tensorboard":
+            from distft.log.tensorboard import TensorBoardTracker
+
+            self.tracker = Background(TensorBoardTracker(run_dir, resumed_step), "TensorBoard", self.say)
+
+    def train(self, step: int, record: Mapping[str, Any]) -> None:
+        """One training record: `step` counts finished optimizer steps."""
+        if self.active:
+            self.metrics.write({"step": step, "split": "train", **record})
+            self.screen.train(step, record)
+            if self.tracker:
+                self.tracker.call("metrics", "train", step, dict(record))
+
+    def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        """One evaluation of the weights after `step` optimizer steps."""
+        if self.active:
+            self.metrics.write({"step": step, "split": "eval", **record})
+            self.screen.evaluation(step, record)
+            if self.tracker:
+                self.tracker.call("metrics", "eval", step, dict(record))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sampled answers at an evaluation: rows with the same keys, such as prompt, answer and reference."""
+        if self.active and rows:
+            for row in rows:
+                self.answers.write({"step": step, **row})
+            if self.tracker:
+                self.tracker.call("samples", step, [dict(row) for row in rows])
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the progress bar."""
+        if self.active:
+            self.screen.say(text)
+
+    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        """The end of the run: `done`, or why it ended; `summary`: best and last metrics. Later calls do nothing."""
+        if self.active and not self.finished:
+            self.finished = True
+            self.screen.close()
+            if self.tracker:
+                self.tracker.close(status, dict(summary))
+            self.metrics.close()
+            self.answers.close()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Whatever ended the run without saying so has failed."""
+        self.finish("failed", {})

@@ -1,0 +1,35 @@
+"""TensorBoard event files under <run>/tensorboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoardTracker:
+    """Scalars by split, samples as text. What an abandoned attempt wrote past `resumed_step` is purged on display."""
+
+    def __init__(self, run_dir: Path, resumed_step: int | None) -> None:
+        self.folder, self.resumed_step = run_dir / "tensorboard", resumed_step
+
+    def start(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = None if self.resumed_step is None else self.resumed_step + 1
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+
+    def metrics(self, split: str, step: int, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+        self.writer.flush()
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in row.items())
+            self.writer.add_text(f"eval/samples/{number}", text, step)
+        self.writer.flush()
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        self.writer.add_text("status", status)
+        self.writer.close()
