@@ -1,0 +1,377 @@
+"""From a command line to a typed run, and from a run to its snapshot and back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.conf import HydraConf
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from distft.config import command_line
+from distft.config.command_line import CommandLine
+from distft.config.diagnose import problems_of, value_problem
+from distft.config.foreign import refuse_code
+from distft.config.schema import Run
+from distft.config.words import Knob, knobs, nearest
+from distft.errors import Mistakes, UserMistake
+
+SCHEMAS = {"train": "distft.config.schema:Run", "generate": "distft.config.schema.generate:Generate"}
+GROUPS = ("model", "data", "tuning", "objective", "strategy", "optim", "schedule", "launch", "log")
+SNAPSHOT_MARK = "# A distft run, whole."
+SNAPSHOT = "snapshot"  # name in Hydra's config store of a snapshot whose groups are chosen anew
+
+NOT_COMPUTED = (
+    "launch",
+    "log",
+    "run",
+    "resume",
+    "resume_allow",
+    "data.name",
+    "data.workers",
+    "data.cache_dir",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.samples",
+    "eval.max_new_tokens",
+    "guard.stall_seconds",
+)
+"""Knobs, or sections of them, that do not decide what is computed."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What a command line says: the run (of a sweep: its first job), the user's overrides, the primary config."""
+
+    run: Any  # Run, or the schema of another verb
+    overrides: list[str]
+    primary: str
+    line: CommandLine
+    hydra_argv: list[str]  # for Hydra's own main
+    sweep_dir: str | None  # where the jobs of a sweep lie
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: `conf/` of a checkout, or `distft/conf` of an installed package."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserMistake(f"distft's configuration is missing beside {package}: install distft again.")
+
+
+@functools.cache
+def schema_of(verb: str) -> type:
+    module, _, name = SCHEMAS[verb].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def knobs_of(verb: str) -> dict[str, Knob]:
+    """The knobs of a verb by their dotted names."""
+    return {knob.name: knob for knob in knobs(schema_of(verb))}
+
+
+def register(schema: Any) -> None:
+    """Tell Hydra the schema, and to leave nothing behind but a sweep's folders."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema)
+    defaults = [
+        {"output": "distft"},
+        {"launcher": "basic"},
+        {"sweeper": "basic"},
+        {"help": "default"},
+        {"hydra_help": "default"},
+        {"hydra_logging": "none"},
+        {"job_logging": "none"},
+        {"callbacks": None},
+        {"env": "default"},
+    ]
+    store.store(group="hydra", name="config", node=HydraConf(defaults=defaults, output_subdir=None), provider="distft")
+    folders = {
+        "run": {"dir": "."},
+        "sweep": {"dir": "multirun/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "${hydra.job.num}"},
+        "job": {"chdir": False, "name": "distft"},
+    }
+    store.store(group="hydra/output", name="distft", node=folders, package="hydra", provider="distft")
+
+
+def groups_of(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The options of every config group in these folders."""
+    groups: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.rglob("*.yaml"):
+            group = path.parent.relative_to(folder).as_posix()
+            if group != ".":
+                groups.setdefault(group, set()).add(path.stem)
+    return {group: sorted(options) for group, options in groups.items()}
+
+
+def compose(argv: Sequence[str], verb: str = "train") -> Composed:
+    """Compose a command line (what follows the verb) into a typed run. Nothing is started, nothing is written.
+
+    Raises:
+        UserMistake, Mistakes: everything wrong with flags, keys, choices and types, told together.
+    """
+    names = knobs_of(verb)
+    open_names = [name for name, knob in names.items() if knob.is_open]
+    line = command_line.read(argv, verb, [*names, *GROUPS])
+    folders = [conf_dir()]
+    if line.config_dir is not None:
+        refuse_code(line.config_dir)
+        folders.append(line.config_dir)
+    groups = groups_of(folders)
+    problems = group_problems(line, groups) + sweep_problems(line, names)
+    if problems:
+        raise Mistakes(problems)
+
+    added = set(groups) - {*GROUPS, "experiment"}
+    line.hydra_overrides[:] = [
+        command_line.rewritten(*pair, open_names, added) for pair in zip(line.overrides, line.parsed, strict=True)
+    ]
+    primary = primary_of(line, verb, groups)
+    first = [command_line.first_job(*pair) for pair in zip(line.parsed, line.hydra_overrides, strict=True)]
+    cfg = composed(line, primary, [text for text in first if text is not None], verb)
+    sweep_dir = None
+    hydra_argv = line.hydra_argv(primary)
+    if line.sweep:
+        sweep_dir = str(cfg.hydra.sweep.dir)
+        quoted = sweep_dir.replace("\\", "\\\\").replace("'", "\\'")
+        hydra_argv = [text for text in hydra_argv if not text.startswith("hydra.sweep.dir=")]
+        hydra_argv.append(f"hydra.sweep.dir='{quoted}'")
+    return Composed(to_run(cfg), line.overrides, line.config_name, line, hydra_argv, sweep_dir)
+
+
+def primary_of(line: CommandLine, verb: str, groups: dict[str, list[str]]) -> str:
+    """The name of the primary config. A snapshot gives way in the groups that are chosen anew, wholly."""
+    folders = [conf_dir(), *([line.config_dir] if line.config_dir else [])]
+    found = [folder / f"{line.config_name}.yaml" for folder in folders]
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        options = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+        near = nearest(line.config_name, options)
+        raise UserMistake(
+            f"--config-name {line.config_name}: no such file in {' or '.join(str(folder) for folder in folders)}. "
+            + (f"Did you mean {near}? " if near else "")
+            + f"There are: {', '.join(options)}."
+        )
+    chosen = {override.key_or_group for override in line.parsed if override.key_or_group in GROUPS}
+    if not chosen or not is_snapshot(path):
+        return line.config_name
+    values = OmegaConf.load(path)
+    assert isinstance(values, DictConfig)
+    ConfigStore.instance().store(name=SNAPSHOT, node={key: value for key, value in values.items() if key not in chosen})
+    return SNAPSHOT
+
+
+def is_snapshot(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return lines.readline().startswith(SNAPSHOT_MARK)
+
+
+@contextlib.contextmanager
+def hydra_over(config_dir: Path | None) -> Iterator[Hydra]:
+    """Hydra's composer over conf/ and, behind it, the folder of `--config-dir`: the search path of its `main`."""
+    GlobalHydra.instance().clear()
+    setbase("1.3")
+    path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:
+        path.prepend("command-line", f"file://{config_dir}", SearchPathQuery(provider="schema"))
+    try:
+        yield Hydra.create_main_hydra2("distft", path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def composed(line: CommandLine, primary: str, overrides: list[str], verb: str) -> DictConfig:
+    """Hydra's composition, with what it refuses put into our words."""
+    try:
+        register(schema_of(verb))
+        with hydra_over(line.config_dir) as hydra:
+            cfg = hydra.compose_config(primary, overrides, RunMode.RUN, from_shell=False)
+            to_run(cfg)  # resolves every interpolation, so that a broken one is told here
+            return cfg
+    except (HydraException, OmegaConfBaseException) as error:
+        problems = diagnose(line.config_dir, primary, overrides, verb) or [in_our_words(error)]
+    raise Mistakes(problems)
+
+
+def diagnose(config_dir: Path | None, primary: str, overrides: list[str], verb: str) -> list[str]:
+    """Compose once more without a schema and compare with it by ourselves, so that all problems come together."""
+    forced = [text if text.startswith(("hydra", "~", "+")) or is_group(text) else f"++{text}" for text in overrides]
+    try:
+        register({})
+        with hydra_over(config_dir) as hydra:
+            cfg = hydra.compose_config(primary, forced, RunMode.RUN, from_shell=False)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return problems_of(cfg, schema_of(verb))
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return []
+    finally:
+        register(schema_of(verb))
+
+
+def is_group(text: str) -> bool:
+    key = text.lstrip("+").partition("=")[0].partition("@")[0]
+    return (conf_dir() / key).is_dir()
+
+
+def in_our_words(error: Exception) -> str:
+    """Hydra's own message without its advice to add unknown keys."""
+    causes = [str(part).strip() for part in (error, error.__cause__) if part is not None and str(part).strip()]
+    text = "\n".join(causes).partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "To append to your" not in line]
+    return "The configuration cannot be composed: " + " ".join(lines)
+
+
+def group_problems(line: CommandLine, groups: dict[str, list[str]]) -> list[str]:
+    """Choices of a group that do not exist, and choices that are taken away."""
+    problems = []
+    for override in line.parsed:
+        group = override.key_or_group
+        if override.type is OverrideType.DEL:
+            problems.append(f"~{group}: nothing can be taken out of a run. Choose another value instead.")
+            continue
+        if group not in groups:
+            continue
+        options = groups[group]
+        for value in command_line.values_of(override):
+            for word in value if isinstance(value, list) else [value]:
+                if word is None or str(word) in options:
+                    continue
+                near = nearest(str(word), options)
+                problems.append(
+                    f"{group}={word}: no such choice. "
+                    + (f"Did you mean {group}={near}? " if near else "")
+                    + f"Choices: {', '.join(options)}."
+                )
+    return problems
+
+
+def sweep_problems(line: CommandLine, names: dict[str, Knob]) -> list[str]:
+    """Several values without -m; with it, each single value of a knob against its type."""
+    problems = []
+    for override, text in zip(line.parsed, line.overrides, strict=True):
+        if not override.is_sweep_override():
+            continue
+        if not line.sweep:
+            listed = f"[{text.partition('=')[2]}]"
+            problems.append(f"`{text}` gives several values: add -m to run each of them, or write {listed} for a list.")
+        elif override.key_or_group in names:
+            knob = names[override.key_or_group]
+            found = (value_problem(knob, value) for value in command_line.values_of(override))
+            problems += [problem for problem in found if problem]
+    return problems
+
+
+def to_run(cfg: DictConfig) -> Any:
+    """The typed object of a composed configuration."""
+    plain = copy.deepcopy(cfg)
+    with open_dict(plain):
+        plain.pop("hydra", None)
+    return with_tuples(OmegaConf.to_object(plain))
+
+
+def with_tuples(section: Any) -> Any:
+    """OmegaConf gives lists where the schema says tuple; equality and hashes want the schema's."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            with_tuples(value)
+        elif isinstance(value, list) and str(field.type).startswith("tuple"):
+            setattr(section, field.name, tuple(value))
+    return section
+
+
+def write_snapshot(run: Run, path: Path) -> None:
+    """Write the whole run as a primary config that repeats it, in a new run folder.
+
+    The groups are listed after the values, so that `strategy=fsdp` on the command line still chooses.
+    """
+    values = dataclasses.asdict(run)
+    values["run"]["dir"] = None
+    values["optim"]["betas"] = list(run.optim.betas)
+    defaults = ["schema", "_self_", *({group: None} for group in GROUPS), {"experiment": None}]
+    head = (
+        f"{SNAPSHOT_MARK} Repeat it, in a new run folder:\n"
+        "#   python train.py --config-dir <this folder> --config-name config [key=value …]\n"
+    )
+    body = [OmegaConf.to_yaml(OmegaConf.create(part)) for part in ({"defaults": defaults}, values)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(head + "".join(body), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_snapshot(path: Path) -> Run:
+    """The run of a snapshot, without Hydra.
+
+    Raises:
+        UserMistake: there is no such file, or it does not fit this version's schema.
+    """
+    try:
+        values = OmegaConf.load(path)
+        assert isinstance(values, DictConfig)
+        values.pop("defaults", None)
+        problems = problems_of(values, Run)
+        if problems:
+            raise Mistakes([f"{path}: {problem}" for problem in problems])
+        return with_tuples(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), values)))
+    except FileNotFoundError:
+        raise UserMistake(f"There is no snapshot {path}. A run folder holds it as config.yaml.") from None
+    except OmegaConfBaseException as error:
+        raise UserMistake(f"{path} is not the snapshot of a run: {error}") from None
+
+
+def computed(run: Run) -> dict[str, Any]:
+    """The knobs that decide what is computed, by dotted name; not where it runs, is logged or is started from."""
+    values = dataclasses.asdict(run)
+    names = [name for name in knobs_of("train") if not any(f"{name}.".startswith(f"{out}.") for out in NOT_COMPUTED)]
+    return {name: functools.reduce(lambda section, key: section[key], name.split("."), values) for name in names}
+
+
+def hash_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())
+
+
+def config_hash(run: Run) -> str:
+    """XXH3-128 over `computed(run)`, as 32 hexadecimal digits."""
+    return hash_of(computed(run))
+
+
+def whole_hash(run: Run) -> str:
+    """XXH3-128 over every knob: ranks that were started alike agree on it."""
+    return hash_of(dataclasses.asdict(run))
+
+
+__all__ = [
+    "Composed",
+    "compose",
+    "computed",
+    "conf_dir",
+    "config_hash",
+    "nearest",
+    "read_snapshot",
+    "to_run",
+    "whole_hash",
+    "write_snapshot",
+]
