@@ -38,6 +38,7 @@ class Strategy(Protocol):
     """An engine: how a trainee is laid over the ranks. The loop never asks which one it has."""
 
     trainee: Trainee
+    writes_shards: bool  # this rank's shards belong in a checkpoint; False on hsdp's further replicas, which only load
     num_updates: int  # updates applied so far (skipped ones not counted); AdamW's `step`; set on resume
 
     def born(self) -> AbstractContextManager[None]:

@@ -35,7 +35,7 @@ class Schedule:
     """Below 1: a share of all steps; 1 or more: a number of steps."""
 
     final: float = 0.0
-    """Last learning rate as a share of `optim.lr` (cosine, linear, wsd)."""
+    """Learning rate at the end of the run as a share of `optim.lr` (cosine, linear, wsd)."""
 
     decay: float = 0.1
     """wsd: share of all steps in which the rate falls."""
