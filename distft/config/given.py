@@ -1,0 +1,32 @@
+"""What of a run was given rather than left at its default."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from distft.config.schema import Run
+from distft.config.words import Knob, knobs
+
+
+@functools.cache
+def all_knobs() -> dict[str, Knob]:
+    return {knob.name: knob for knob in knobs(Run)}
+
+
+def value_of(run: Run, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), run)
+
+
+def is_default(run: Run, name: str) -> bool:
+    return bool(value_of(run, name) == all_knobs()[name].default)
+
+
+def ignored(run: Run, names: list[str], why: str) -> Iterator[str]:
+    """A problem for each of these knobs that was given although nothing will read it."""
+    for name in names:
+        if not is_default(run, name):
+            default = all_knobs()[name].default
+            shown = "its default" if default in (None, [], {}) else f"{name}={default}, its default"
+            yield f"{name}={value_of(run, name)} has no effect {why}. Leave it at {shown}."
