@@ -10,7 +10,7 @@ HIDDEN = "[secret]"
 _NAMES = {"APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASSWD", "PASSWORD", "PAT", "SECRET", "TOKEN"}
 _SHAPES = re.compile(
     r"hf_[A-Za-z0-9]{20,}"  # Hugging Face
-    r"|wandb_v\d_[A-Za-z0-9_]{20,}"  # Weights & Biases; its older keys are bare hex, like a commit, and known by variable
+    r"|wandb_v\d_[A-Za-z0-9_]{20,}"  # Weights & Biases; older keys are bare hex, like a commit
     r"|sk-[A-Za-z0-9_-]{20,}"  # OpenAI, Anthropic and others
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS

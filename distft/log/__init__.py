@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, the screen, and a tracker (W&B or TensorBoard). Rank 0 alone speaks."""
+"""What a run tells while it goes: metrics.jsonl, the screen, W&B or TensorBoard. Rank 0 alone speaks."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ class Log:
 
             self.wandb_id = wandb_id or new_id()
             facts = {"world_size": world.size, "num_steps": num_steps}
-            tracker = WandbTracker(run, run_dir, facts, self.wandb_id, resumed=wandb_id is not None, say=self.say)
-            self.tracker = Background(tracker, "W&B", self.say)
+            num_before = self.metrics.num_before + self.answers.num_before if wandb_id else None
+            self.tracker = Background(
+                WandbTracker(run, run_dir, facts, self.wandb_id, num_before, self.say), "W&B", self.say
+            )
         elif run.log.tracker == "tensorboard":
             from distft.log.tensorboard import TensorBoardTracker
 

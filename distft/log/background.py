@@ -12,7 +12,9 @@ LONGEST_END = 75.0  # seconds that the end of a run waits for its tracker
 
 
 class Tracker(Protocol):
-    """Where metrics are shown. All calls come from one thread, `start` first and `finish` last."""
+    """Where metrics are shown: imports in `load`; then, on one thread, `start` first and `finish` last."""
+
+    def load(self) -> None: ...
 
     def start(self) -> None: ...
 
@@ -24,13 +26,21 @@ class Tracker(Protocol):
 
 
 class Background:
-    """Calls `tracker` in order on a thread. Its first failure is said once and ends it; the run goes on."""
+    """Calls `tracker` in order on a thread. Its first failure is said once and ends it; the run goes on.
+
+    `load` runs at once, on the caller's thread: two threads that import packages with cycles, as these do, can see
+    half-made modules.
+    """
 
     def __init__(self, tracker: Tracker, name: str, say: Callable[[str], None]) -> None:
         self.tracker, self.name, self.say = tracker, name, say
         self.queue: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue(LONGEST_QUEUE)
         self.broken = False
         self.thread = threading.Thread(target=self.work, name=f"distft-{name}", daemon=True)
+        try:
+            self.tracker.load()
+        except Exception as error:
+            self.give_up(f"{type(error).__name__}: {error}")
         self.call("start")
         self.thread.start()
 

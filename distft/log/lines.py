@@ -27,22 +27,29 @@ def encode(value: Any) -> Any:
     return value
 
 
+def num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 class Lines:
     """An append-only file of records that each hold a `step`.
 
-    `resumed_step`: records past it move to `<name>.abandoned.jsonl` first; None: the run starts anew and all of them do.
-    The file appears with its first record.
+    `resumed_step`: records past it move to `<name>.abandoned.jsonl` first; None: the run starts anew and all of them
+    do. The file appears with its first record.
     """
 
     def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        self.path = path
+        self.path, self.abandoned = path, path.with_suffix(".abandoned.jsonl")
         self.file: IO[str] | None = None
         if path.exists():
             self.cut(-1 if resumed_step is None else resumed_step)
+        self.num_before = sum(num_lines(old) for old in (path, self.abandoned) if old.exists())  # ever written
 
     def cut(self, last_step: int) -> None:
         """Keep records up to `last_step`; what was torn by a kill is abandoned too."""
-        kept, abandoned = [], []
+        kept: list[str] = []
+        abandoned: list[str] = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
                 keep = line.endswith("\n") and json.loads(line)["step"] <= last_step
@@ -51,7 +58,7 @@ class Lines:
             (kept if keep else abandoned).append(line)
         if not abandoned:
             return
-        with self.path.with_suffix(".abandoned.jsonl").open("a", encoding="utf-8") as file:
+        with self.abandoned.open("a", encoding="utf-8") as file:
             file.writelines(line if line.endswith("\n") else line + "\n" for line in abandoned)
         shorter = self.path.with_suffix(".jsonl.tmp")
         with shorter.open("w", encoding="utf-8") as file:

@@ -12,11 +12,14 @@ class TensorBoardTracker:
     def __init__(self, run_dir: Path, resumed_step: int | None) -> None:
         self.folder, self.resumed_step = run_dir / "tensorboard", resumed_step
 
-    def start(self) -> None:
+    def load(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.writer_class = SummaryWriter
+
+    def start(self) -> None:
         purge_step = None if self.resumed_step is None else self.resumed_step + 1
-        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        self.writer = self.writer_class(str(self.folder), purge_step=purge_step)
 
     def metrics(self, split: str, step: int, record: dict[str, Any]) -> None:
         for name, value in record.items():

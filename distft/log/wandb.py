@@ -33,7 +33,12 @@ def display_name(run: Run, run_dir: Path) -> str:
 
 
 class WandbTracker:
-    """One W&B run. Its step axis is our own, so that a resumed run continues its curves where they left off."""
+    """One W&B run. Its step axis is our own, so that a resumed run continues its curves where they left off.
+
+    `num_before`: at least as many records as earlier sessions of this W&B run wrote; None: it has none. W&B numbers
+    records itself and drops those whose number is not new. Online it knows where an earlier session ended; offline it
+    starts at 0 again, and `wandb sync` would lose the second session: there we number them.
+    """
 
     def __init__(
         self,
@@ -41,45 +46,56 @@ class WandbTracker:
         run_dir: Path,
         facts: dict[str, Any],
         wandb_id: str,
-        resumed: bool,
+        num_before: int | None,
         say: Callable[[str], None],
     ) -> None:
         self.run, self.run_dir, self.facts, self.id = run, run_dir, facts, wandb_id
-        self.resumed, self.say = resumed, say
+        self.num_records, self.say = num_before, say
         self.offline = True
         self.set_here: list[str] = []
 
-    def start(self) -> None:
-        """Open the run: online if there is a key and the server answers, else offline."""
-        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):  # W&B's own places are under the home directory
+    def load(self) -> None:
+        """Settle the environment, then import."""
+        data = str(self.run_dir / "wandb" / "data")  # by itself W&B would write under the home directory
+        for name, value in {
+            "WANDB_DATA_DIR": data,
+            "WANDB_CACHE_DIR": data,
+            "WANDB_ERROR_REPORTING": "false",  # else W&B's own errors go to a third party, and ending waits for that
+        }.items():
             if name not in os.environ:
-                os.environ[name] = str(self.run_dir / "wandb" / "data")
+                os.environ[name] = value
                 self.set_here.append(name)
         import wandb
 
-        wandb.setup(settings=wandb.Settings(silent=True, console="off"))
-        self.offline = not self.has_key(wandb)
+        self.wandb = wandb
+
+    def start(self) -> None:
+        """Open the run: online if there is a key and the server answers, else offline."""
+        self.wandb.setup(settings=self.wandb.Settings(silent=True, console="off"))
+        self.offline = not self.has_key()
         try:
-            self.open(wandb, self.offline)
+            self.open()
         except Exception as error:  # no network, a key that is not accepted, a server that is down
             if self.offline:
                 raise
             self.offline = True
-            wandb.teardown()
-            self.open(wandb, offline=True)
+            self.wandb.teardown()
+            self.open()
             reason = redact(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
             self.say(f"W&B could not be reached ({reason}); this run is recorded offline.")
-        self.wandb.define_metric("step", hidden=True)
-        self.wandb.define_metric("train/*", step_metric="step")
-        self.wandb.define_metric("eval/*", step_metric="step")
+        self.session.define_metric("step", hidden=True)
+        self.session.define_metric("train/*", step_metric="step")
+        self.session.define_metric("eval/*", step_metric="step")
         if self.offline:
-            self.say(f"W&B records offline. To send it: wandb sync {self.wandb.settings.sync_dir}")
-        elif self.wandb.url:
-            self.say(f"W&B: {self.wandb.url}")
+            self.say(f"W&B records offline. To send it: wandb sync {self.session.settings.sync_dir}")
+        elif self.session.url:
+            self.say(f"W&B: {self.session.url}")
 
-    def has_key(self, wandb: Any) -> bool:
+    def has_key(self) -> bool:
         """Whether W&B would find credentials without asking. It must never ask: ranks have no one to ask."""
-        settings = wandb.setup().settings
+        settings = self.wandb.setup().settings
+        if settings.mode == "disabled":
+            return True  # nothing will be sent nor asked
         if settings.mode in ("offline", "dryrun"):
             return False
         if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
@@ -90,38 +106,47 @@ class WandbTracker:
         except (OSError, netrc.NetrcParseError):
             return False
 
-    def open(self, wandb: Any, offline: bool) -> None:
+    def open(self) -> None:
         log = self.run.log
         quiet: dict[str, Any] = {"silent": True, "console": "off", "disable_code": True}
         if redact_tree(sys.argv) != sys.argv:
             quiet["x_disable_meta"] = True  # W&B's metadata holds the command line
-        if offline:
+        if self.offline:
             quiet["mode"] = "offline"
-        self.wandb = wandb.init(
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            quiet["init_timeout"] = INIT_SECONDS
+        if "WANDB_FINISH_TIMEOUT" not in os.environ:
+            quiet["finish_timeout"] = FINISH_SECONDS
+        self.session = self.wandb.init(
             project=log.project,
             name=display_name(self.run, self.run_dir),
             id=self.id,
-            resume="allow" if self.resumed else None,
+            resume=None if self.num_records is None else "allow",
             group=log.group,
             tags=list(log.tags) or None,
             dir=self.run_dir,
             config={**redact_tree(dataclasses.asdict(self.run)), **self.facts},
-            settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **quiet),
+            settings=self.wandb.Settings(**quiet),
         )
 
     def metrics(self, split: str, step: int, record: dict[str, Any]) -> None:
-        self.wandb.log({"step": step, **{f"{split}/{name}": value for name, value in record.items()}})
+        self.record({"step": step, **{f"{split}/{name}": value for name, value in record.items()}})
+
+    def record(self, values: dict[str, Any]) -> None:
+        if self.num_records is None or not self.offline:
+            self.session.log(values)
+        else:
+            self.session.log(values, step=self.num_records)
+            self.num_records += 1
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """A table of its own for every evaluation, under one key: W&B shows them side by side by step."""
-        import wandb
-
         columns = ["step", *rows[0]]
-        table = wandb.Table(columns=columns, data=[[step, *row.values()] for row in rows])
-        self.wandb.log({"step": step, "eval/samples": table})
+        table = self.wandb.Table(columns=columns, data=[[step, *row.values()] for row in rows])
+        self.record({"step": step, "eval/samples": table})
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        self.wandb.summary.update({"status": status, **summary})
-        self.wandb.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)
+        self.session.summary.update({"status": status, **summary})
+        self.session.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)
         for name in self.set_here:
             os.environ.pop(name, None)
