@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -57,15 +58,21 @@ class Ddp:
         self.update = Update(trained, make_optimizer, self.clip, self.world, group)
         self.module: nn.Module = trainee
         if self.world.size > 1:
+            self.module = self.wrap(trainee, has_separate_experts(name for name, _ in trained))
+
+    def wrap(self, trainee: Trainee, find_unused_parameters: bool) -> DistributedDataParallel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 has no other name
             wrapped = DistributedDataParallel(
                 trainee,
                 broadcast_buffers=False,
                 init_sync=False,  # every rank read the same weights
                 gradient_as_bucket_view=True,
-                find_unused_parameters=has_separate_experts(name for name, _ in trained),
+                find_unused_parameters=find_unused_parameters,
             )
-            wrapped.register_comm_hook(self, sum_over_ranks)
-            self.module = wrapped
+        # not the function itself: DDP wants no annotations, or evaluated ones
+        wrapped.register_comm_hook(self, lambda strategy, bucket: sum_over_ranks(strategy, bucket))
+        return wrapped
 
     def forward(self, request: LossRequest | LogitsRequest) -> LossSums | Tensor:
         module = self.module if torch.is_grad_enabled() else self.trainee
