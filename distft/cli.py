@@ -1,0 +1,304 @@
+"""`distft <verb> [sub-verb] [paths…] key=value…`. The verbs are imported when they are called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distft import __version__, errors
+from distft.errors import Mistakes, Stop, UserMistake
+
+if TYPE_CHECKING:
+    from distft.config.load import Composed
+    from distft.config.schema import Run
+    from distft.launch.topology import Place
+
+USAGE = """\
+distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2.
+
+  distft train [key=value …] [-m]        fine-tune; with -m and several values, a sweep
+  distft data prepare [key=value …]      read and tokenise the data of a run, on any machine
+  distft data show [key=value …]         rows as the model sees them (show.rows=3)
+  distft generate <folder> [key=value …] answer a prompt with a trained model
+  distft preflight <config.yaml>         check a run's snapshot without a GPU
+
+distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistake, 3 a check said no,
+4 stopped by a guard, 5 stalled, 143 saved after a signal.
+"""
+
+ended_with = errors.DONE  # of the last job that Hydra ran in this process
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Returns the exit code; a deliberate end prints its message alone."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return verb_of(argv)(argv)
+    except Stop as stop:
+        return told(stop)
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.DONE
+    except KeyboardInterrupt:
+        sys.stderr.write("distft: interrupted\n")
+        return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        return errors.BUG
+
+
+def told(stop: Stop) -> int:
+    if str(stop):
+        sys.stdout.flush()
+        sys.stderr.write(f"distft: {stop}\n")
+    return stop.exit_code
+
+
+def verb_of(argv: list[str]) -> Callable[[list[str]], int]:
+    """The verb that a command line names; the word is taken off it. Launchers' `--local_rank=N` may stand before it."""
+    words = [word for word in argv if not word.startswith("-")]
+    if "--version" in argv:
+        return version
+    if any(word in ("-sc", "--shell-completion") for word in argv[:1]):
+        return train
+    if not words or (argv[0] in ("-h", "--help")):
+        return usage
+    verb = words[0]
+    if verb not in VERBS:
+        from distft.config.words import nearest
+
+        near = nearest(verb, VERBS)
+        raise UserMistake(
+            f"{verb} is no verb of distft." + (f" Did you mean {near}?" if near else f" There are: {', '.join(VERBS)}.")
+        )
+    argv.remove(verb)
+    return VERBS[verb]
+
+
+def usage(argv: list[str]) -> int:
+    print(USAGE, end="")
+    return errors.DONE
+
+
+def version(argv: list[str]) -> int:
+    print(f"distft {__version__}")
+    return errors.DONE
+
+
+def train(argv: list[str]) -> int:
+    """As a rank if a launcher made this process one, else as the controller."""
+    from distft.launch.topology import place_of
+
+    place = place_of(os.environ)
+    if place is None or shows_only(argv):
+        return control(argv)
+    if "-m" in argv or "--multirun" in argv:
+        from distft.launch.sweep import run_sweep
+
+        return run_sweep(argv, place)
+    return be_rank(argv, place)
+
+
+def shows_only(argv: list[str]) -> bool:
+    flags = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+    return any(word.partition("=")[0] in flags for word in argv)
+
+
+def be_rank(argv: list[str], place: Place) -> int:
+    """A worker: agree with the other ranks, then train."""
+    from distft.launch import worker
+    from distft.verbs.preflight import preflight
+    from distft.verbs.train import work
+
+    worker.be_a_rank(place)
+    code = errors.BUG
+    try:
+        run, run_dir, store = worker.prepare(argv, command_of(), place, preflight)
+        code = work(run, run_dir, store)
+    except Stop as stop:
+        code = stop.exit_code
+        if place.is_main:
+            told(stop)
+    finally:
+        worker.leave_exit_code(place, code)
+    return code
+
+
+def command_of() -> list[str]:
+    """The command line as it was typed, as far as a process can know it."""
+    return [os.path.basename(sys.executable), *sys.argv] if sys.argv[0].endswith(".py") else list(sys.argv)
+
+
+def control(argv: list[str]) -> int:
+    """The controller: compose with our errors, then hand over to Hydra's main, which knows help, sweeps and plugins."""
+    global ended_with
+    from distft.config.check import check
+    from distft.config.load import compose
+    from distft.launch.controller import sweep_verdict
+    from distft.launch.worker import read_arguments
+
+    if any(word.startswith("--snapshot") for word in argv):
+        return run_snapshot(argv)
+    composed = compose(read_arguments(argv).overrides)
+    if not composed.line.shows_only:
+        problems = check(composed.run) + sweep_rules(composed)
+        if problems:
+            raise Mistakes(problems)
+    ended_with = errors.DONE
+    hand_over(composed)
+    if composed.sweep_dir is not None and not composed.line.shows_only:
+        return sweep_verdict(Path(composed.sweep_dir))
+    return ended_with
+
+
+def sweep_rules(composed: Composed) -> list[str]:
+    line = composed.line
+    if line.sweep and any(o.key_or_group == "run.dir" and not o.is_sweep_override() for o in line.parsed):
+        return ["run.dir is one folder, but each job of a sweep needs its own. Drop it, or set hydra.sweep.dir."]
+    return []
+
+
+def run_snapshot(argv: list[str]) -> int:
+    """`distft train --snapshot=…` outside any launcher: the world is this process."""
+    from distft.launch import output, worker
+
+    arguments = worker.read_arguments(argv)
+    assert arguments.snapshot is not None
+    run_dir = arguments.snapshot.absolute().parent
+    run = worker.read_run(arguments)
+    output.keep(run_dir, 0)
+    return in_process(run, run_dir, arguments.prepared)
+
+
+def in_process(run: Run, run_dir: Path, prepared: bool = False) -> int:
+    from distft.verbs.preflight import preflight
+    from distft.verbs.train import work
+
+    if not prepared:
+        preflight(run, run_dir)
+    return work(run, run_dir, None)
+
+
+def hand_over(composed: Composed) -> None:
+    """Let Hydra's own main run: it shows, or calls `job` once or once a job of a sweep."""
+    import hydra
+
+    from distft.config.load import conf_dir
+
+    before = sys.argv
+    sys.argv = [before[0], *composed.hydra_argv]
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")(job)()
+    finally:
+        sys.argv = before
+
+
+def job(cfg: Any) -> float | None:
+    """One run under Hydra. A job of a sweep never raises: the others go on; its value is the sweeper's objective."""
+    global ended_with
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from distft.config.load import to_run
+    from distft.launch.controller import note_job, start_run
+
+    hydra_config = HydraConfig.get()
+    sweeps = hydra_config.mode == RunMode.MULTIRUN
+    folder = Path(hydra_config.runtime.output_dir) if sweeps else None
+    overrides = list(hydra_config.overrides.task)
+    if sweeps:
+        print(f"distft: job {hydra_config.job.num}: {' '.join(overrides)}", flush=True)
+    try:
+        ended_with = start_run(to_run(cfg), command_of(), in_process, folder)
+    except Stop as stop:
+        ended_with = told(stop)
+    except Exception:
+        traceback.print_exc()
+        ended_with = errors.BUG
+    if folder is None:
+        return None
+    value = note_job(Path(hydra_config.sweep.dir), int(hydra_config.job.num), overrides, folder, ended_with)
+    if ended_with == errors.SAVED_AFTER_SIGNAL:
+        raise SystemExit(ended_with)  # the signal meant the sweep
+    return value
+
+
+def preflight(argv: list[str]) -> int:
+    """`distft preflight <config.yaml>`: of a run folder, as the controller has it done."""
+    from distft.config.check import settle
+    from distft.config.load import read_snapshot
+    from distft.verbs.preflight import preflight as verb
+
+    paths = [word for word in argv if not word.startswith("-")]
+    if len(paths) != 1:
+        raise UserMistake("distft preflight takes one path: the config.yaml of a run folder.")
+    snapshot = Path(paths[0]).absolute()
+    if snapshot.is_dir():
+        snapshot = snapshot / "config.yaml"
+    verb(settle(read_snapshot(snapshot)), snapshot.parent)
+    return errors.DONE
+
+
+def data(argv: list[str]) -> int:
+    """`distft data prepare|show`."""
+    import re
+
+    from distft.config.check import check, settle
+    from distft.config.load import compose
+    from distft.config.words import nearest
+
+    subs = ("prepare", "show")
+    sub = next((word for word in argv if not word.startswith("-") and "=" not in word), None)
+    if sub not in subs:
+        near = nearest(sub, subs) if sub else None
+        raise UserMistake(
+            f"distft data {sub or ''}: prepare or show is wanted." + (f" Did you mean {near}?" if near else "")
+        )
+    rows, rest = 3, []
+    for word in argv:
+        found = re.fullmatch(r"\+*show\.rows=(.*)", word)
+        if found is None:
+            rest.append(word)
+        elif sub != "show" or not found.group(1).isdigit() or int(found.group(1)) < 1:
+            raise UserMistake(f"{word}: a whole number from 1 is wanted, with `distft data show` alone.")
+        else:
+            rows = int(found.group(1))
+    rest.remove(sub)
+    composed = compose(rest)
+    if composed.line.shows_only:
+        hand_over(composed)
+        return errors.DONE
+    problems = check(composed.run)
+    if problems:
+        raise Mistakes(problems)
+
+    from distft.verbs.data import main as verb
+
+    return verb(settle(composed.run), sub, rows)
+
+
+def generate(argv: list[str]) -> int:
+    """`distft generate <folder> [key=value …]`."""
+    from distft.config.load import compose
+
+    folders = [word for word in argv if not word.startswith("-") and "=" not in word]
+    if len(folders) != 1 and not shows_only(argv):
+        raise UserMistake("distft generate takes one folder: the final/ of a run, or any model's folder.")
+    composed = compose([word for word in argv if word not in folders], verb="generate")
+
+    from distft.verbs.generate import main as verb
+
+    return verb(composed.run, folders[0])
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "data": data,
+    "generate": generate,
+    "preflight": preflight,
+}

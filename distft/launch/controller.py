@@ -1,0 +1,137 @@
+"""The process that a person starts: it makes the run folder, has preflight done, starts the ranks, waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distft import errors
+from distft.config.check import check, settle
+from distft.config.schema import Run
+from distft.errors import Mistakes
+from distft.launch import output
+from distft.launch.folder import make_folder, place_run
+from distft.launch.start import Signals, run_direct, run_launcher, verb_command, worker_commands
+from distft.launch.topology import num_ranks
+
+JOBS = "jobs.jsonl"  # in a sweep's folder: a line for each job that ended
+
+
+def start_run(
+    run: Run,
+    command: Sequence[str],
+    in_process: Callable[[Run, Path], int],
+    sweep_folder: Path | None = None,
+) -> int:
+    """One run from its checked configuration to its exit code.
+
+    `in_process`: preflight and training in this process, taken where one rank is all there is; a sweep's jobs have
+    processes of their own. `sweep_folder`: the folder that a sweep gives this job.
+
+    Raises:
+        Stop: before anything was started, or from `in_process`.
+    """
+    problems = check(run)
+    if problems:
+        raise Mistakes(problems)
+    if sweep_folder is not None:
+        run = in_sweep(run, sweep_folder)
+    known, run = place_run(run)
+    size = num_ranks(run.launch.ranks)
+    run_dir = make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
+    alone = size == 1 and run.launch.engine == "direct" and sweep_folder is None
+    snapshot = run_dir / "config.yaml"
+    resume = run.resume if run.resume not in ("auto", "never") else None
+    if run.launch.dry_run:
+        print(f"# {run_dir} holds the configuration. What would be started:")
+        print(verb_command("preflight", str(snapshot)))
+        for one in worker_commands(run.launch.engine, size, snapshot, resume):
+            print(one)
+        return errors.DONE
+    if alone:
+        output.keep(run_dir, 0)
+        return in_process(settle(run), run_dir)
+    signals = Signals()
+    code = preflight_in_child(snapshot, signals)
+    if code or signals.received:
+        return code or errors.SAVED_AFTER_SIGNAL
+    commands = worker_commands(run.launch.engine, size, snapshot, resume)
+    if run.launch.engine == "direct":
+        return run_direct(commands, run_dir, signals)
+    with tempfile.TemporaryDirectory(prefix="distft-") as status:
+        return run_launcher(commands[0], run_dir, signals, Path(status))
+
+
+def preflight_in_child(snapshot: Path, signals: Signals) -> int:
+    """`distft preflight` in a process that ends before any rank starts, and with it all that it imported."""
+    command = verb_command("preflight", str(snapshot))
+    with signals.caught():
+        process = subprocess.Popen(command.argv, env={**os.environ, **command.environment}, process_group=0)
+        sent = 0
+        while process.poll() is None:
+            if len(signals.received) > sent:
+                process.send_signal(signals.received[sent])
+                sent += 1
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+    if process.returncode in (-signal.SIGTERM, -signal.SIGINT):
+        return errors.SAVED_AFTER_SIGNAL
+    return process.returncode if process.returncode >= 0 else errors.BUG
+
+
+def in_sweep(run: Run, job_folder: Path) -> Run:
+    """A job of a sweep: its folder is the run's, and the tracker groups it with the others."""
+    group = run.log.group
+    if group is None and run.log.tracker == "wandb":
+        group = job_folder.parent.name
+    where = run.run.dir or (str(job_folder) if run.resume in ("auto", "never") else None)
+    return dataclasses.replace(
+        run, log=dataclasses.replace(run.log, group=group), run=dataclasses.replace(run.run, dir=where)
+    )
+
+
+def note_job(sweep_dir: Path, job: int, overrides: Sequence[str], run_dir: Path, code: int) -> float | None:
+    """Write down how a job of a sweep ended. Returns the sweeper's objective, None where there is none."""
+    value = objective(run_dir) if code == errors.DONE else None
+    record = {"job": job, "overrides": list(overrides), "folder": str(run_dir), "exit_code": code, "objective": value}
+    with (sweep_dir / JOBS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+    return value
+
+
+def objective(run_dir: Path) -> float | None:
+    """The best value of `checkpoint.best` that `result.json` tells."""
+    path = run_dir / "result.json"
+    if not path.is_file():
+        return None
+    value: Any = json.loads(path.read_text(encoding="utf-8")).get("metrics", {}).get("best")
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def sweep_verdict(sweep_dir: Path) -> int:
+    """Tell how the jobs of a sweep ended. A failed one makes the exit code: its own, or 1 where they differ."""
+    path = sweep_dir / JOBS
+    jobs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    jobs.sort(key=lambda job: job["job"])
+    for job in jobs:
+        value = "" if job["objective"] is None else f"  {job['objective']:.6g}"
+        state = "done" if job["exit_code"] == 0 else f"exit code {job['exit_code']}"
+        print(f"{job['folder']}  {' '.join(job['overrides'])}  {state}{value}")
+    failed = [job for job in jobs if job["exit_code"]]
+    if not failed:
+        return errors.DONE
+    named = "; ".join(f"job {job['job']} ({' '.join(job['overrides'])}): {job['exit_code']}" for job in failed)
+    sys.stderr.write(f"distft: {len(failed)} of {len(jobs)} jobs of the sweep failed: {named}\n")
+    codes = {job["exit_code"] for job in failed}
+    return codes.pop() if len(codes) == 1 else errors.BUG

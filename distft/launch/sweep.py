@@ -1,0 +1,138 @@
+"""`deepspeed train.py -m …`: a sweep of ranks that a foreign launcher started.
+
+Each rank walks through the same list of jobs and runs each in a fresh child on a port of its own. The ranks keep in
+step through the launcher's store: the sweep's folder, the port of each job and whether a rank of it has failed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+from distft import errors
+from distft.config.load import Composed, compose
+from distft.errors import Stop, UserMistake
+from distft.launch import agree
+from distft.launch.controller import in_sweep, note_job, sweep_verdict
+from distft.launch.start import CRASH_SECONDS, DELIBERATE, STOP_SECONDS, Signals, kill_groups, verb_command
+from distft.launch.topology import Place, free_port
+from distft.launch.worker import without_local_rank
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+def jobs_of(composed: Composed) -> list[list[str]]:
+    """The overrides of each job, in the order of Hydra's basic sweeper, which is the same on every rank.
+
+    Raises:
+        UserMistake: a sweeper that chooses by results, or a launcher of jobs, under a launcher of ranks.
+    """
+    line = composed.line
+    for override, text in zip(line.parsed, line.overrides, strict=True):
+        if override.key_or_group in ("hydra/sweeper", "hydra/launcher") and override.value() != "basic":
+            raise UserMistake(
+                f"{text} works only where distft starts the ranks itself: python train.py -m … with launch.ranks=N."
+            )
+    given = [override for override in line.parsed if not override.is_hydra_override()]
+    batches = BasicSweeper.split_arguments(given, max_batch_size=None)
+    return [list(job) for job in itertools.chain.from_iterable(batches)]
+
+
+def run_sweep(argv: Sequence[str], place: Place) -> int:
+    """All jobs, one after another. A failed job does not end the sweep; returns the sweep's exit code."""
+    composed, jobs = read_jobs(argv, place)
+    seconds = composed.run.launch.start_timeout
+    store = agree.connect(place, seconds)
+    agreement = agree.Agreement(place, store, seconds)
+    agreement.same_config(repr(jobs))
+    assert composed.sweep_dir is not None
+    folder = agreement.folder(lambda: made(Path(composed.sweep_dir or "multirun").absolute()))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    signals = Signals()
+    flags = [f"--config-name={composed.primary}"]
+    flags += [f"--config-dir={composed.line.config_dir}"] if composed.line.config_dir else []
+    with signals.caught():
+        for number, overrides in enumerate(jobs):
+            if place.is_main:
+                print(f"distft: job {number} of {len(jobs)}: {shlex.join(overrides)}", flush=True)
+            code = run_job(number, [*flags, *overrides], folder, place, store, signals)
+            if place.is_main:
+                note_job(folder, number, overrides, folder / str(number), code)
+            meet(store, f"done/{number}", place)
+            if signals.received:
+                return errors.SAVED_AFTER_SIGNAL
+    return sweep_verdict(folder) if place.is_main else errors.DONE
+
+
+def read_jobs(argv: Sequence[str], place: Place) -> tuple[Composed, list[list[str]]]:
+    try:
+        composed = compose(without_local_rank(argv))
+        return composed, jobs_of(composed)
+    except Stop as stop:
+        if not place.is_main:
+            agree.report(place, str(stop))
+            raise agree.Elsewhere(stop.exit_code) from None
+        raise
+
+
+def made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserMistake(f"hydra.sweep.dir={folder} cannot be made: {error.strerror}.") from None
+    return folder
+
+
+def run_job(number: int, words: list[str], folder: Path, place: Place, store: Store, signals: Signals) -> int:
+    """This rank's child of one job. Returns the job's exit code on rank 0, the child's own elsewhere."""
+    port_key, failed_key = f"port/{number}", f"failed/{number}"
+    if place.is_main:
+        store.set(port_key, str(free_port([int(os.environ["MASTER_PORT"])])))
+    port = store.get(port_key).decode()
+    group = compose([*words]).run
+    run = in_sweep(group, folder / str(number))
+    words = [*words, f"run.dir={quoted(str(run.run.dir))}"]
+    words += [f"log.group={quoted(run.log.group)}"] if run.log.group and run.log.tracker == "wandb" else []
+    command = verb_command("train", *words)
+    child = subprocess.Popen(
+        command.argv, env={**os.environ, **command.environment, "MASTER_PORT": port}, process_group=0
+    )
+    sent, deadline = 0, float("inf")
+    while child.poll() is None:
+        if len(signals.received) > sent:
+            child.send_signal(signals.received[sent])
+            sent += 1
+        if deadline == float("inf") and store.check([failed_key]):
+            code = json.loads(store.get(failed_key))
+            deadline = time.monotonic() + (STOP_SECONDS if code in DELIBERATE else CRASH_SECONDS)
+        if time.monotonic() > deadline:
+            kill_groups([child])
+        time.sleep(0.1)
+    code = child.returncode
+    if code:
+        store.set(failed_key, json.dumps(code))
+    if place.is_main and code not in DELIBERATE and store.check([failed_key]):
+        return errors.BUG
+    return code
+
+
+def quoted(text: str) -> str:
+    """Text as a value in Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def meet(store: Store, key: str, place: Place) -> None:
+    """Wait until every rank has ended this job: the next one wants all of them."""
+    store.set(f"{key}/{place.rank}", "")
+    store.wait([f"{key}/{rank}" for rank in range(place.size)], datetime.timedelta(seconds=STOP_SECONDS + 60))

@@ -1,0 +1,145 @@
+"""One rank: from its command line to the moment when training starts."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distft.config.check import check, settle
+from distft.config.load import compose, read_snapshot, whole_hash
+from distft.config.schema import Run
+from distft.errors import Mistakes, Stop, UserMistake
+from distft.launch import agree, folder, output
+from distft.launch.start import PARENT, STATUS_FOLDER
+from distft.launch.topology import Place, slurm_environment
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+Preflight = Callable[[Run, Path], None]
+LOCAL_RANK = re.compile(r"--local[_-]rank(=\d+)?")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A worker's command line. The controller gives a snapshot, a person gives overrides."""
+
+    overrides: list[str]
+    snapshot: Path | None
+    prepared: bool  # preflight is done
+    resume: str | None
+
+
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The command line without the `--local_rank=N` that deepspeed's launcher puts in."""
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+        elif LOCAL_RANK.fullmatch(word):
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    return kept
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """Split the controller's own flags from the rest.
+
+    Raises:
+        UserMistake: overrides beside a snapshot, which would not be read.
+    """
+    values: dict[str, str] = {}
+    rest = []
+    for word in without_local_rank(argv):
+        found = re.fullmatch(r"--(snapshot|prepared|resume)(?:=(.*))?", word)
+        if found:
+            values[found.group(1)] = found.group(2) or ""
+        else:
+            rest.append(word)
+    snapshot = Path(values["snapshot"]) if "snapshot" in values else None
+    if snapshot is not None and rest:
+        raise UserMistake(
+            f"--snapshot={snapshot} is the whole configuration, so {rest[0]} would not be read. To change a run: "
+            f"--config-dir {snapshot.parent} --config-name {snapshot.stem} {rest[0]}."
+        )
+    return Arguments(rest, snapshot, "prepared" in values, values.get("resume"))
+
+
+def read_run(arguments: Arguments) -> Run:
+    """The checked run of a worker's command line."""
+    if arguments.snapshot is not None:
+        run = read_snapshot(arguments.snapshot)
+    else:
+        run = compose(arguments.overrides).run
+    problems = check(run)
+    if problems:
+        raise Mistakes(problems)
+    if arguments.resume:
+        run = dataclasses.replace(run, resume=arguments.resume)
+    return settle(run)
+
+
+def be_a_rank(place: Place) -> None:
+    """Set what the environment lacks, and leave the process id where a controller looks for it."""
+    for name, value in slurm_environment(place, os.environ).items():
+        os.environ[name] = value
+    status = os.environ.get(STATUS_FOLDER)
+    if status:
+        Path(status, f"rank-{place.rank}.pid").write_text(str(os.getpid()))
+    if os.environ.get(PARENT) == str(os.getppid()):
+        # PR_SET_PDEATHSIG: a controller that is killed takes its ranks along, by way of a checkpoint.
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+
+
+def leave_exit_code(place: Place, code: int) -> None:
+    """For a controller behind deepspeed or torchrun, which change exit codes."""
+    status = os.environ.get(STATUS_FOLDER)
+    if status:
+        Path(status, f"rank-{place.rank}.exit").write_text(str(code))
+
+
+def prepare(argv: Sequence[str], command: Sequence[str], place: Place, preflight: Preflight) -> tuple[Run, Path, Store]:
+    """Read the run, agree with the other ranks, do preflight once. Returns the run, its folder and the store.
+
+    Raises:
+        Stop: on the rank that tells why; on the others its quiet form, `agree.Elsewhere`.
+    """
+    try:
+        arguments = read_arguments(argv)
+        run = read_run(arguments)
+        known, run = (
+            folder.place_run(run) if arguments.snapshot is None else (arguments.snapshot.absolute().parent, run)
+        )
+    except Stop as stop:
+        if not place.is_main:
+            agree.report(place, str(stop))
+            raise agree.Elsewhere(stop.exit_code) from None
+        raise
+
+    # A slow import must not count against the others' waiting, so the store comes first.
+    store = agree.connect(place, run.launch.start_timeout)
+    agreement = agree.Agreement(place, store, run.launch.start_timeout)
+    agreement.same_config(whole_hash(run))
+
+    def make() -> Path:
+        if arguments.snapshot is not None:
+            assert known is not None
+            return known
+        return folder.make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
+
+    run_dir = agreement.folder(make)
+    output.keep(run_dir, place.rank)
+    if not arguments.prepared:
+        agreement.preflight(lambda: preflight(run, run_dir))
+    sys.stdout.flush()
+    return run, run_dir, store
