@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distft.errors import UserMistake
 from distft.weights.store import FolderWeights, Overlay, Renamed, Weights, num_elements
 
+Shapes = dict[str, tuple[int, ...]]
 COMPARED_AT_A_TIME = 16 * 1024**2  # values
 
 
@@ -29,7 +30,7 @@ class Group:
 class Converted:
     """Parameters that transformers makes out of stored tensors, one group in memory at a time."""
 
-    def __init__(self, stored: Weights, model: Any, groups: dict[str, Group], shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, stored: Weights, model: Any, groups: dict[str, Group], shapes: Shapes) -> None:
         self.stored, self.model, self.groups, self.shapes = stored, model, groups, shapes
         self._group: Group | None = None
         self._tensors: dict[str, Tensor] = {}
@@ -101,7 +102,7 @@ def open_weights(path: Path, model: nn.Module) -> Weights:
     return weights
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module) -> Shapes:
     """Whole shapes of parameters and persistent buffers by name, also where an engine has sharded them."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
@@ -117,9 +118,7 @@ def tied_names(model: nn.Module) -> list[str]:
     return [*pairs, *pairs.values()]
 
 
-def follow_ties(
-    model: nn.Module, folder: Weights, stored_name: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> None:
+def follow_ties(model: nn.Module, folder: Weights, stored_name: dict[str, str], shapes: Shapes) -> None:
     """Let a tied parameter's name lead to whichever of its names the folder stores.
 
     Raises:
@@ -153,9 +152,9 @@ def same(weights: Weights, one: str, other: str) -> bool:
     return True
 
 
-def targets_of(groups: dict[str, Group], shapes: dict[str, tuple[int, ...]]) -> dict[str, Group]:
+def targets_of(groups: dict[str, Group], shapes: Shapes) -> dict[str, Group]:
     """The group that makes each parameter: a converter with several target patterns makes several."""
-    made = {}
+    made: dict[str, Group] = {}
     for first, group in groups.items():
         patterns = group.converter.target_patterns
         names = [first.replace(patterns[0], pattern) for pattern in patterns]
@@ -163,7 +162,7 @@ def targets_of(groups: dict[str, Group], shapes: dict[str, tuple[int, ...]]) -> 
     return made
 
 
-def check_complete(path: Path, weights: Weights, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_complete(path: Path, weights: Weights, model: nn.Module, shapes: Shapes) -> None:
     present = set(weights.names())
     if missing := [name for name in shapes if name not in present]:
         raise UserMistake(
@@ -173,6 +172,6 @@ def check_complete(path: Path, weights: Weights, model: nn.Module, shapes: dict[
     for name, shape in shapes.items():
         if weights.shape(name) != shape:
             raise UserMistake(
-                f"model.path={path}: {name} is stored as {list(weights.shape(name))}, but its config.json says {list(shape)}: "
-                "the two do not belong together."
+                f"model.path={path}: {name} is stored as {list(weights.shape(name))}, but its config.json says "
+                f"{list(shape)}: the two do not belong together."
             )

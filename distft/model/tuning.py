@@ -47,7 +47,8 @@ def apply(model: nn.Module, tuning: Tuning, weights: Weights, seed: int) -> tupl
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers; a tied one once, under its first name."""
     persistent = set(shapes_of(model))
-    return [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in persistent)]
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+    return [*model.named_parameters(), *buffers]
 
 
 def wrap(model: nn.Module, tuning: Tuning) -> Any:
@@ -69,7 +70,7 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        return get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         text = " ".join(str(error).split())
         raise UserMistake(f"tuning.target={tuning.target}: PEFT says: {text[:300]}") from None
@@ -94,7 +95,8 @@ def check_target(model: nn.Module, target: str | Sequence[str]) -> None:
         return
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if holds_matrix(module)})
     close = difflib.get_close_matches(missed[0].rpartition(".")[2], linear, n=3, cutoff=0.5)
-    whole = " A string is a regular expression for the whole name, such as '.*q_proj'." if isinstance(target, str) else ""
+    regex = " A string is a regular expression for the whole name, such as '.*q_proj'."
+    whole = regex if isinstance(target, str) else ""
     raise UserMistake(
         f"tuning.target: {', '.join(missed)} matches no layer of {type(model).__name__}.{whole} "
         f"{'Did you mean ' + ' or '.join(close) + '?' if close else 'Its linear layers are ' + ', '.join(linear) + '.'}"

@@ -87,8 +87,8 @@ class FolderWeights:
                 self._slices[name] = handle.get_slice(name)
         if absent := sorted(set(listed) - set(self._slices)):
             raise UserMistake(
-                f"{self.folder / INDEX_FILE} promises {len(absent)} tensors that its files lack, the first {absent[0]}. "
-                "The folder is incomplete: fetch it again."
+                f"{self.folder / INDEX_FILE} promises {len(absent)} tensors that its files lack, the first "
+                f"{absent[0]}. The folder is incomplete: fetch it again."
             )
 
     def names(self) -> list[str]:
@@ -146,11 +146,11 @@ def shard_files(folder: Path) -> tuple[list[str], dict[str, str]]:
         # The names come from whoever made the folder: one such as ../../secret would be read from anywhere.
         bad = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserMistake(f"{index} cannot be read as an index of safetensors files ({error!r}): fetch it again.") from None
+        raise UserMistake(f"{index} is no index of safetensors files ({error!r}): fetch it again.") from None
     if bad:
         raise UserMistake(f"{index} names {bad[0]!r}, which is not a safetensors file of that folder. It is refused.")
     if missing := [file for file in files if not (folder / file).exists()]:
-        raise UserMistake(f"{folder} lacks {missing[0]} ({len(missing)} of {len(files)} files of its index): fetch it again.")
+        raise UserMistake(f"{folder} lacks {len(missing)} of its {len(files)} files, as {missing[0]}: fetch it again.")
     return files, weight_map
 
 

@@ -55,7 +55,7 @@ def hash_of(tensor: Tensor) -> str:
     """XXH3-128 of a tensor's bytes, in hexadecimal; shape and element type are part of it."""
     digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.numel():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -94,11 +94,12 @@ def write_sharded(
     if len(shards) == 1:
         (folder / f"{stem}-0.part").rename(folder / f"{stem}.safetensors")
         return hashes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         file = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{stem}-{index}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    index_text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    (folder / f"{stem}.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
     return hashes
