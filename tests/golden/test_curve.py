@@ -24,7 +24,7 @@ def train(folder: Path, *overrides: str) -> dict[str, list[float]]:
         "data.sequence_length=256", "data.eval_fraction=0.1", "model.tiny.hidden_size=64", "model.tiny.num_layers=2",
         "model.tiny.intermediate_size=128", "model.tiny.vocab_size=512", "batch.global_size=4", "batch.micro_size=2",
         "strategy=ddp", "precision=fp32", "epochs=100", "schedule=constant", "schedule.warmup=0", "optim.lr=2e-3",
-        "launch.ranks=1", "log=none", "log.every=1", "eval.every=25", "eval.samples=0", f"run.dir={folder}/run",
+        "log=none", "log.every=1", "eval.every=25", "eval.samples=0", f"run.dir={folder}/run",
         f"data.cache_dir={folder}/cache", *overrides,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -48,6 +48,23 @@ def test_the_curve_is_the_one_in_git(tmp_path: Path, golden: dict[str, list[floa
     assert len(curve["loss"]) == 50
     for name, values in golden.items():
         assert curve[name] == pytest.approx(values, rel=TOLERANCE), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy=zero2", "launch.ranks=2", "batch.micro_size=1"),
+        ("strategy=fsdp", "launch.ranks=2", "data.packing=false"),
+    ],
+    ids=["zero2-2-ranks", "fsdp-2-ranks-unpacked"],
+)
+def test_engine_ranks_and_layout_do_not_move_it(
+    tmp_path: Path, golden: dict[str, list[float]], overrides: tuple[str, ...]
+) -> None:
+    curve = train(tmp_path, "max_steps=10", "eval.every=0", *overrides)
+    assert curve["loss"] == pytest.approx(golden["loss"][:10], rel=TOLERANCE)
+    assert curve["grad_norm"] == pytest.approx(golden["grad_norm"][:10], rel=TOLERANCE)
+    assert curve["eval_loss"][0] == pytest.approx(golden["eval_loss"][0], rel=TOLERANCE)
 
 
 def test_a_learning_rate_one_percent_off_is_noticed(tmp_path: Path, golden: dict[str, list[float]]) -> None:
