@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -25,6 +26,10 @@ from distft.world import World
 if TYPE_CHECKING:
     from distft.objective.trainee import LogitsRequest, LossRequest, LossSums, Trainee
     from distft.weights.store import Weights
+
+
+# torch 2.13's FSDP2 calls collectives by names that torch 2.13 deprecates.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
 
 class Fsdp:

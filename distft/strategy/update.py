@@ -168,9 +168,9 @@ class Update:
                 part = -(-flat.numel() // size)
                 first, last = piece.owned
                 mine = torch.nn.functional.pad(flat[first:last], (0, part - (last - first)))
-                everyone = flat.new_empty(part * size)
-                dist.all_gather_into_tensor(everyone, mine, group=self.group)
-                flat.copy_(everyone[: flat.numel()])
+                everyone = flat.new_empty(size, part)
+                dist.all_gather(list(everyone), mine, group=self.group)
+                flat.copy_(everyone.view(-1)[: flat.numel()])
 
 
 @torch.no_grad()
