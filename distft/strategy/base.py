@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -41,11 +41,13 @@ class Strategy(Protocol):
     writes_shards: bool  # this rank's shards belong in a checkpoint; False on hsdp's further replicas, which only load
     num_updates: int  # updates applied so far (skipped ones not counted); AdamW's `step`; set on resume
 
-    def born(self) -> AbstractContextManager[None]:
+    def born(self) -> AbstractContextManager[Any]:
         """The context in which the model is built (on meta, or partitioned from birth)."""
         ...
 
-    def prepare(self, trainee: Trainee, blocks: list[nn.Module], weights: Weights, make_optimizer: MakeOptimizer) -> None:
+    def prepare(
+        self, trainee: Trainee, blocks: list[nn.Module], weights: Weights, make_optimizer: MakeOptimizer
+    ) -> None:
         """Shard the trainee along `blocks`, stream `weights` in by name, then build the optimizer.
 
         `weights` has every parameter and persistent buffer of `trainee.model` under its name there (frozen ones too).

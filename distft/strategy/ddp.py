@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ class Ddp:
         self.precision = precision
         self.last = True  # whether this backward pass ends the step
 
-    def born(self) -> AbstractContextManager[None]:
+    def born(self) -> AbstractContextManager[Any]:
         return torch.device("meta")
 
     def prepare(
@@ -62,7 +62,7 @@ class Ddp:
 
     def wrap(self, trainee: Trainee, find_unused_parameters: bool) -> DistributedDataParallel:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 has no other name
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 lacks the name
             wrapped = DistributedDataParallel(
                 trainee,
                 broadcast_buffers=False,

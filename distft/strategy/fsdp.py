@@ -1,4 +1,4 @@
-"""Every rank holds rows of every parameter (torch FSDP2, `fully_shard`; Zhao et al. 2023); hsdp: copies of such groups."""
+"""Every rank holds rows of every parameter (FSDP2, Zhao et al. 2023, arXiv:2304.11277); hsdp: copies of such groups."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -47,8 +47,9 @@ class Fsdp:
         self.mesh = hybrid_mesh(run.strategy.shard_size, world) if run.strategy.name == "hsdp" else flat_mesh(world)
         self.shard_group = self.mesh.get_group(self.mesh.ndim - 1)
         self.writes_shards = world.rank < self.shard_group.size()
+        self.reducing = True  # whether backward passes reduce gradients, FSDP2's state from the start
 
-    def born(self) -> AbstractContextManager[None]:
+    def born(self) -> AbstractContextManager[Any]:
         return torch.device("meta")
 
     def prepare(
@@ -72,7 +73,9 @@ class Fsdp:
         return answer
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.root.set_requires_gradient_sync(last)
+        if last != self.reducing:
+            self.root.set_requires_gradient_sync(last)
+            self.reducing = last
         loss.backward()
 
     def step(self, lr: float, keep: bool = True) -> Tensor:
@@ -171,7 +174,7 @@ def allow_unused(root: FSDPModule) -> None:
     """
     if not hasattr(root, "set_reduce_scatter_unused_params"):
         raise UserMistake(
-            "The experts of this model are modules of their own, and some may see no token on a rank: strategy=fsdp and "
-            "strategy=hsdp need torch >= 2.13 for that. Update torch, or use strategy=zero2 or strategy=zero3."
+            "The experts of this model are modules of their own, and some may see no token on a rank: strategy=fsdp "
+            "and strategy=hsdp need torch >= 2.13 for that. Update torch, or use strategy=zero2 or strategy=zero3."
         )
     root.set_reduce_scatter_unused_params(True)

@@ -46,7 +46,7 @@ def even_part(length: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def lay_out(name: str, parameter: nn.Parameter, group: dist.ProcessGroup) -> Piece:
-    """Describe one trained parameter; one that is whole on every rank is owned in even parts by the ranks of `group`."""
+    """A trained parameter; one that is whole on every rank is owned in even parts by the ranks of `group`."""
     if isinstance(parameter, DTensor):
         local, start = local_rows(parameter)
         return Piece(name, tuple(parameter.shape), parameter, nn.Parameter(local), start, (0, local.numel()))

@@ -1,0 +1,196 @@
+"""What a rank does in a parity test: build the real trainee, lay it out by the real engine, take the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distft.config.schema import Run
+from distft.data.batch import Batch
+from distft.objective.trainee import LossRequest, LossSums, Trainee
+from distft.optim import make_optimizer
+from distft.strategy import make_strategy
+from distft.strategy.base import Strategy
+from distft.weights.store import MemoryWeights, Overlay, Weights
+from distft.world import World, sum_over
+from tests.parity.reference import (
+    LORA_ALPHA,
+    LORA_RANK,
+    Document,
+    Outcome,
+    Recipe,
+    adapter_weights,
+    base_weights,
+    config,
+    documents,
+)
+
+NUM_SOURCES = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a recipe is computed."""
+
+    strategy: str
+    accumulation: int = 1
+    recipe: Recipe = field(default_factory=Recipe)
+    packed: bool = False
+    precision: str = "fp32"
+    checkpointing: str = "none"
+    mean_of_means: bool = False  # a wrong scale, as a negative control: every micro-batch by its own count
+    poisoned: tuple[int, int] | None = None  # (step, rank) whose loss is not a number
+    kept: bool = True  # False: gradients are dropped
+
+
+def run_of(case: Case) -> Run:
+    run = Run()
+    recipe = case.recipe
+    run.strategy.name = case.strategy
+    run.strategy.shard_size = 2
+    run.precision = case.precision
+    run.optim.name, run.optim.lr, run.optim.weight_decay = recipe.optimizer, recipe.lr, recipe.weight_decay
+    run.optim.betas, run.optim.eps, run.optim.clip = recipe.betas, recipe.eps, recipe.clip
+    run.tuning.method, run.tuning.lora_rank, run.tuning.lora_alpha = recipe.tuning, LORA_RANK, LORA_ALPHA
+    run.activation.mode = case.checkpointing
+    return run
+
+
+def prepared(world: World, case: Case) -> Strategy:
+    """The trainee of a case under its engine, with the weights of the reference."""
+    from transformers import AutoModelForCausalLM
+
+    from distft.model.load import blocks
+
+    run = run_of(case)
+    strategy = make_strategy(run, world, case.precision)
+    with strategy.born():
+        model = AutoModelForCausalLM.from_config(config(case.recipe.tied))
+    weights: Weights = MemoryWeights(base_weights(case.recipe.tied))
+    if case.recipe.tuning == "lora":
+        from distft.model.tuning import apply
+
+        model, adapted = apply(model, run.tuning, weights, seed=0)
+        weights = Overlay(adapted, MemoryWeights(adapters_by_peft_name(case.recipe)))
+    trainee = Trainee(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    strategy.prepare(trainee, blocks(model), weights, partial(make_optimizer, shapes=shapes, optim=run.optim))
+    trainee.train()
+    return strategy
+
+
+def adapters_by_peft_name(recipe: Recipe) -> dict[str, Tensor]:
+    named = {}
+    for name, (a, b) in adapter_weights(recipe.tied).items():
+        module = name.removesuffix(".weight")
+        named[f"base_model.model.{module}.lora_A.default.weight"] = a
+        named[f"base_model.model.{module}.lora_B.default.weight"] = b
+    return named
+
+
+def reference_name(name: str) -> str:
+    """The reference's name of an engine's parameter."""
+    name = name.removeprefix("base_model.model.")
+    for letter in "AB":
+        name = name.replace(f".lora_{letter}.default.weight", f".weight.{letter}")
+    return name
+
+
+def rows(group: Sequence[Document]) -> Batch:
+    """One document a row, padded on the right with token 1."""
+    length = max(len(document.tokens) for document in group)
+    input_ids = torch.ones(len(group), length, dtype=torch.int64)
+    mask = torch.zeros(len(group), length, dtype=torch.bool)
+    for row, document in enumerate(group):
+        input_ids[row, : len(document.tokens)] = torch.tensor(document.tokens)
+        mask[row, : len(document.tokens)] = True
+    targets = [
+        (row * length + column - 1, document.tokens[column], document.source)
+        for row, document in enumerate(group)
+        for column, trained in enumerate(document.trained)
+        if trained
+    ]
+    positions, tokens, sources = (torch.tensor(values) for values in zip(*targets, strict=True))
+    position_ids = torch.arange(length).expand(len(group), length)
+    longest = max(len(document.tokens) for document in group)
+    num_tokens = int(mask.sum())
+    return Batch(input_ids, position_ids, mask, None, longest, positions, tokens, sources, num_tokens)
+
+
+def packed(group: Sequence[Document]) -> Batch:
+    """All documents in one row."""
+    lengths = [len(document.tokens) for document in group]
+    starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+    input_ids = torch.tensor([[token for document in group for token in document.tokens]])
+    position_ids = torch.tensor([[position for length in lengths for position in range(length)]])
+    targets = [
+        (start + column - 1, document.tokens[column], document.source)
+        for start, document in zip(starts, group, strict=False)
+        for column, trained in enumerate(document.trained)
+        if trained
+    ]
+    positions, tokens, sources = (torch.tensor(values) for values in zip(*targets, strict=True))
+    return Batch(
+        input_ids,
+        position_ids,
+        None,
+        torch.tensor(starts, dtype=torch.int32),
+        max(lengths),
+        positions,
+        tokens,
+        sources,
+        sum(lengths),
+        lengths=tuple(lengths),
+    )
+
+
+def micro_batches(step: Sequence[Document], world: World, case: Case) -> list[Batch]:
+    """This rank's share of a step in `accumulation` micro-batches; empty ones where it runs short."""
+    most = -(-len(step) // world.data_size)
+    size = -(-most // case.accumulation)
+    mine = step[world.data_rank :: world.data_size]
+    groups = [mine[index * size : (index + 1) * size] for index in range(case.accumulation)]
+    layout = packed if case.packed else rows
+    return [layout(group) if group else Batch.empty() for group in groups]
+
+
+def train(strategy: Strategy, world: World, case: Case, index: int) -> tuple[float, float]:
+    """One step on the documents of step `index`. Returns the loss over all ranks and the norm."""
+    step = documents()[index]
+    num_supervised = sum(document.num_supervised for document in step)
+    nll = torch.zeros(NUM_SOURCES)
+    batches = micro_batches(step, world, case)
+    for number, batch in enumerate(batches):
+        scale = 1 / num_supervised
+        if case.mean_of_means:
+            scale = 1 / max(1, batch.num_supervised) / len(batches) / world.data_size
+        answer = strategy.forward(LossRequest(batch, scale, batch.num_tokens / 100, NUM_SOURCES))
+        assert isinstance(answer, LossSums)
+        loss = answer.loss * (float("nan") if case.poisoned == (index, world.rank) else 1.0)
+        strategy.backward(loss, last=number == len(batches) - 1)
+        nll += answer.nll
+    norm = strategy.step(case.recipe.lr, keep=case.kept)
+    return float(sum_over(world, nll).sum()) / num_supervised, float(norm)
+
+
+def take(strategy: Strategy) -> dict[str, Tensor]:
+    """All trained parameters under the reference's names; on rank 0."""
+    return {reference_name(name): full for name, full in strategy.gather() if full is not None}
+
+
+def run_case(world: World, case: Case) -> Outcome:
+    """All steps of a case. Losses and norms on every rank, parameters on rank 0."""
+    strategy = prepared(world, case)
+    outcome = Outcome()
+    for index in range(len(documents())):
+        loss, norm = train(strategy, world, case, index)
+        outcome.losses.append(loss)
+        outcome.norms.append(norm)
+        if index == 0:
+            outcome.first = take(strategy)
+    outcome.last = take(strategy)
+    return outcome
