@@ -31,6 +31,7 @@ distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistak
 4 stopped by a guard, 5 stalled, 143 saved after a signal.
 """
 
+typed = list(sys.argv)  # before Hydra is given another
 ended_with = errors.DONE  # of the last job that Hydra ran in this process
 
 
@@ -131,7 +132,12 @@ def be_rank(argv: list[str], place: Place) -> int:
 
 def command_of() -> list[str]:
     """The command line as it was typed, as far as a process can know it."""
-    return [os.path.basename(sys.executable), *sys.argv] if sys.argv[0].endswith(".py") else list(sys.argv)
+    from distft.launch.worker import without_local_rank
+
+    words = without_local_rank(typed)
+    if words[0].endswith("__main__.py"):
+        return ["python", "-m", "distft", *words[1:]]
+    return ["python", *words] if words[0].endswith(".py") else words
 
 
 def control(argv: list[str]) -> int:
@@ -290,6 +296,9 @@ def generate(argv: list[str]) -> int:
     if len(folders) != 1 and not shows_only(argv):
         raise UserMistake("distft generate takes one folder: the final/ of a run, or any model's folder.")
     composed = compose([word for word in argv if word not in folders], verb="generate")
+    if composed.line.shows_only:
+        hand_over(composed)
+        return errors.DONE
 
     from distft.verbs.generate import main as verb
 

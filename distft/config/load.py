@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distft.config import command_line
 from distft.config.command_line import CommandLine
+from distft.config.describe import help_template
 from distft.config.diagnose import problems_of, value_problem
 from distft.config.foreign import refuse_code
 from distft.config.snapshot import (
@@ -78,15 +79,15 @@ def knobs_of(verb: str) -> dict[str, Knob]:
     return {knob.name: knob for knob in knobs(schema_of(verb))}
 
 
-def register(schema: Any) -> None:
-    """Tell Hydra the schema, and to leave nothing behind but a sweep's folders."""
+def register(schema: Any, help: str | None = None) -> None:
+    """Tell Hydra the schema, and to leave nothing behind but a sweep's folders. `help`: the template of `--help`."""
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     defaults = [
         {"output": "distft"},
         {"launcher": "basic"},
         {"sweeper": "basic"},
-        {"help": "default"},
+        {"help": "distft"},
         {"hydra_help": "default"},
         {"hydra_logging": "none"},
         {"job_logging": "none"},
@@ -94,6 +95,8 @@ def register(schema: Any) -> None:
         {"env": "default"},
     ]
     store.store(group="hydra", name="config", node=HydraConf(defaults=defaults, output_subdir=None), provider="distft")
+    template = {"app_name": "distft", "header": "", "footer": "", "template": help or ""}
+    store.store(group="hydra/help", name="distft", node=template, provider="distft")
     folders = {
         "run": {"dir": "."},
         "sweep": {"dir": "multirun/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "${hydra.job.num}"},
@@ -128,16 +131,19 @@ def compose(argv: Sequence[str], verb: str = "train") -> Composed:
         folders.append(line.config_dir)
     groups = groups_of(folders)
     problems = group_problems(line, groups) + sweep_problems(line, names)
-    if problems:
-        raise Mistakes(problems)
-
     added = set(groups) - {*GROUPS, "experiment"}
     line.hydra_overrides[:] = [
         command_line.rewritten(*pair, open_names, added) for pair in zip(line.overrides, line.parsed, strict=True)
     ]
-    primary = primary_of(line, verb, groups)
-    first = [command_line.first_job(*pair) for pair in zip(line.parsed, line.hydra_overrides, strict=True)]
-    cfg = composed(line, primary, [text for text in first if text is not None], verb)
+    primary = primary_of(line, verb)
+    jobs = [command_line.first_job(*pair) for pair in zip(line.parsed, line.hydra_overrides, strict=True)]
+    first = [text for text in jobs if text is not None]
+    if problems:
+        # Choices that do not exist would hide what else is wrong.
+        rest = [text for text in first if not is_group(text) and not text.startswith("~")]
+        found = diagnose(line.config_dir, primary, rest, verb)
+        raise Mistakes(list(dict.fromkeys([*problems, *found])))
+    cfg = composed(line, primary, first, verb)
     sweep_dir = None
     hydra_argv = line.hydra_argv(primary)
     if line.sweep:
@@ -148,7 +154,7 @@ def compose(argv: Sequence[str], verb: str = "train") -> Composed:
     return Composed(to_run(cfg), line.overrides, line.config_name, line, hydra_argv, sweep_dir)
 
 
-def primary_of(line: CommandLine, verb: str, groups: dict[str, list[str]]) -> str:
+def primary_of(line: CommandLine, verb: str) -> str:
     """The name of the primary config. A snapshot gives way in the groups that are chosen anew, wholly."""
     folders = [conf_dir(), *([line.config_dir] if line.config_dir else [])]
     found = [folder / f"{line.config_name}.yaml" for folder in folders]
@@ -187,7 +193,7 @@ def hydra_over(config_dir: Path | None) -> Iterator[Hydra]:
 def composed(line: CommandLine, primary: str, overrides: list[str], verb: str) -> DictConfig:
     """Hydra's composition, with what it refuses put into our words."""
     try:
-        register(schema_of(verb))
+        register(schema_of(verb), help_template(verb, schema_of(verb)) if line.flags.help else None)
         with hydra_over(line.config_dir) as hydra:
             cfg = hydra.compose_config(primary, overrides, RunMode.RUN, from_shell=False)
             to_run(cfg)  # resolves every interpolation, so that a broken one is told here

@@ -1,0 +1,52 @@
+"""The text of `--help`: every knob with its default, its words and what it does."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from distft.config.words import Knob, knobs
+
+HEAD = {
+    "train": "Fine-tune a language model. Run it as: python train.py [group=choice …] [key=value …] [-m]",
+    "generate": "Answer a prompt with a trained model. Run it as: distft generate <folder> [key=value …]",
+}
+FOOT = """\
+Several values and -m make a sweep: optim.lr=1e-3,1e-4. --cfg job prints what a command line comes to, --config-dir
+FOLDER adds configuration files of your own, and a run folder repeats its run: --config-dir <run> --config-name config.
+--hydra-help lists Hydra's flags."""
+
+
+def help_template(verb: str, schema: type) -> str:
+    """The template that Hydra fills with its config groups."""
+    parts = [HEAD.get(verb, ""), "Groups (group=choice):", "$APP_CONFIG_GROUPS".rstrip(), "Knobs (key=value):"]
+    section = None
+    for knob in knobs(schema, docs=True):
+        prefix = knob.name.rpartition(".")[0]
+        if prefix != section:
+            section = prefix
+            parts.append("")
+        parts.append(entry(knob))
+    return "\n".join([*parts, "", FOOT])
+
+
+def entry(knob: Knob) -> str:
+    """One knob: `name=default` and beneath it what it does."""
+    about = knob.doc
+    if len(knob.choices) > 1:
+        about = f"[{', '.join(shown(choice) for choice in knob.choices)}] {about}".strip()
+    lines = textwrap.wrap(about, width=106) if about else []
+    # `$` is Hydra's in a template, `${` OmegaConf's.
+    text = "\n".join([f"  {knob.name}={shown(knob.default)}", *(f"      {line}" for line in lines)])
+    return text.replace("$", "$$")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{','.join(shown(item) for item in value)}]"
+    return str(value)
