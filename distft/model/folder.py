@@ -137,7 +137,12 @@ def complaint(error: Exception, trust_remote_code: bool) -> str:
 
 
 def load_tokenizer(path: Path, run: Run) -> Any:
-    """The folder's fast tokenizer, as it is; the caller settles the chat template.
+    """The tokenizer of a run's model, as it is; the caller settles the chat template."""
+    return read_tokenizer(path, run.model.trust_remote_code)
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's fast tokenizer.
 
     Raises:
         UserMistake: there is none, or only a slow one.
@@ -145,9 +150,9 @@ def load_tokenizer(path: Path, run: Run) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise UserMistake(f"The tokenizer of {path}: {complaint(error, run.model.trust_remote_code)}") from None
+        raise UserMistake(f"The tokenizer of {folder}: {complaint(error, trust_remote_code)}") from None
     if not tokenizer.is_fast:
-        raise UserMistake(f"{path} has only a slow tokenizer, but a fast one (tokenizer.json) is needed: convert it.")
+        raise UserMistake(f"{folder} has only a slow tokenizer, but a fast one (tokenizer.json) is needed: convert it.")
     return tokenizer

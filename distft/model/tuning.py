@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
     PEFT would make the embeddings' output require gradients, and every block below the first adapter run backward."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    assert not getattr(model, "is_gradient_checkpointing", False), "checkpointing is enabled after PEFT"
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()), "PEFT comes first"
     check_target(model, tuning.target)
     target = tuning.target if isinstance(tuning.target, str) else list(tuning.target)
     config = LoraConfig(
@@ -70,7 +71,9 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of an old name in transformers
+            return get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         text = " ".join(str(error).split())
         raise UserMistake(f"tuning.target={tuning.target}: PEFT says: {text[:300]}") from None
