@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distft.data.batch import Batch
+from distft.model.head import Request, attach, check_head
+from distft.model.loss import tail_of
+from distft.model.varlen import packed_arguments
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,103 @@ class LossSums:
     auxiliary: Tensor  # scalar fp32, detached, already weighted by share; 0 without one
 
 
+torch.utils._pytree.register_dataclass(LossSums)  # so that FSDP2 finds the loss in what a trainee returns
+
+
 class Trainee(nn.Module):
     """Model and loss in one module.
 
     `model` keeps its names: a parameter of the trainee is called `model.<name in the Hugging Face or PEFT model>`.
     The head's own `forward` is replaced on this instance by the chunked loss (see distft.model.loss), because only a
-    call of the head module fires the engines' gather hooks on its weight.
+    call of the head module fires the engines' gather hooks on its weight. A PEFT model is called through its own
+    forward.
     """
 
-    def __init__(self, model: nn.Module, vocab_chunk: int = 512) -> None: ...
+    notes: tuple[str, ...]  # what the user should know about the way this model's loss is computed
+
+    def __init__(self, model: nn.Module, vocab_chunk: int = 512) -> None:
+        """`vocab_chunk`: supervised positions whose logits exist at a time.
+
+        Raises:
+            UserMistake: adapters lie on the output head.
+        """
+        super().__init__()
+        self.model = model
+        self.vocab_chunk = vocab_chunk
+        config: Any = model.config
+        config.use_cache = False
+        self.config = config
+        complaint = head_complaint(self.config)
+        causal = attach(model, None if complaint else tail_of(self.config))
+        self.notes = ()
+        if complaint:
+            name = type(causal).__name__
+            self.notes = (f"{name}: {complaint}; its logits come from its own forward, as exact but slower",)
+        self.takes = frozenset(inspect.signature(causal.base_model.forward).parameters)
+
+    def forward(self, request: LossRequest | LogitsRequest) -> LossSums | Tensor:
+        """Sums of the loss, or for a LogitsRequest fp32 logits [n, vocabulary]."""
+        if isinstance(request, LogitsRequest):
+            asked = self.ask(request.positions, request.input_ids, None)
+            mask = request.attention_mask
+            answer = self.model(**self.inputs(request.input_ids, request.position_ids, mask), request=asked)
+            logits: Tensor = answer.result
+            return logits
+        return self.loss(request)
+
+    def loss(self, request: LossRequest) -> LossSums:
+        batch = request.batch
+        inputs = self.inputs(batch.input_ids, batch.position_ids, batch.attention_mask)
+        if batch.cu_seqlens is not None:
+            inputs |= packed_arguments(
+                self.config, batch.position_ids, batch.cu_seqlens, batch.max_length, batch.lengths, self.dtype
+            )
+        answer = self.model(**inputs, request=self.ask(batch.positions, batch.input_ids, batch.targets))
+        total, nll = answer.result
+        loss, auxiliary = total * request.scale, torch.zeros_like(total)
+        if answer.auxiliary is not None:
+            weighted = answer.auxiliary.float() * request.share
+            loss, auxiliary = loss + weighted, weighted.detach()
+        by_source, counts = sums_by_source(nll.detach(), batch.sources, request.num_sources)
+        return LossSums(loss, by_source, counts, auxiliary.detach())
+
+    def ask(self, positions: Tensor, input_ids: Tensor, targets: Tensor | None) -> Request:
+        num_rows, length = input_ids.shape
+        return Request(positions, length, num_rows, targets, self.vocab_chunk)
+
+    def inputs(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Arguments of the model's forward; those it does not know (a Mamba has no positions) are left out."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if "position_ids" in self.takes:
+            inputs["position_ids"] = position_ids
+        if "use_cache" in self.takes:
+            inputs["use_cache"] = False
+        return inputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes: autocast's dtype if that is on, else its embeddings'."""
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def sums_by_source(nll: Tensor, sources: Tensor, num_sources: int) -> tuple[Tensor, Tensor]:
+    """Sums of NLL and numbers of supervised tokens by source, [num_sources] fp32 each; the same bits in every run."""
+    if num_sources == 1:
+        return nll.sum()[None], torch.full((1,), float(nll.numel()), device=nll.device)
+    member = sources == torch.arange(num_sources, device=nll.device)[:, None]  # [num_sources, supervised]
+    return torch.where(member, nll, 0.0).sum(dim=1), member.sum(dim=1).float()
+
+
+_complaints: dict[str, str] = {}
+
+
+def head_complaint(config: Any) -> str:
+    """`check_head`, once for each configuration."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _complaints:
+        _complaints[key] = check_head(config)
+    return _complaints[key]

@@ -1,0 +1,165 @@
+"""The head and its cross-entropy in one pass, chunk by chunk, so that logits of all tokens never exist.
+
+For every chunk of supervised positions the logits are made, the loss and the gradients of hidden states and head
+weights are taken from them at once, in the forward pass, and the logits are dropped (the idea of Liger-Kernel's fused
+linear cross-entropy, Hsu et al. 2024, and of Cut Cross-Entropy, Wijmans et al. 2025). The largest temporary is
+[chunk, vocabulary] in fp32; besides it the head's gradient exists once, in fp32 while it is summed.
+
+The head keeps its module and its name. Only this instance's `forward` learns to answer a `HeadRequest`, because only a
+call of the module fires the engines' gather hooks: outside, ZeRO-3's weight is empty and FSDP2's is a DTensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a model does to its logits behind the head: multiply by `scale`, then cap (cap * tanh(logits / cap))."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Apply to fp32 logits, in place where nothing else needs them."""
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def tail_of(config: Any) -> Tail:
+    """Read the tail from a model's configuration; `head.check_head` tells whether that is all the model does."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere; Falcon-H1; Muse
+        scale *= getattr(text, name, None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+    caps = (getattr(text, name, None) for name in names)
+    return Tail(scale, next((cap for cap in caps if cap), None))
+
+
+class HeadRequest(NamedTuple):
+    """What the head is asked for besides hidden states at the asked positions, [positions, dim]."""
+
+    tail: Tail
+    targets: Tensor | None  # [positions] int64: the loss is wanted; None: fp32 logits [positions, vocabulary]
+    chunk: int  # positions whose logits exist at a time
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """sum(NLL) over positions, with gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadRequest, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """hidden: [positions, dim]; weight: [vocabulary, dim]; needs: gradients wanted of hidden, weight and bias.
+
+        Returns the sum, scalar fp32, and the NLL of each position, [positions] fp32 (without a gradient). Matrix
+        products run in the dtype of autocast if that is on, else of the weight; softmax and sums run in fp32.
+        """
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            nll, ctx.gradients = chunked(hidden, weight, bias, request, needs, compute_dtype(weight))
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        total = nll.sum()
+        ctx.poison = total * 0  # NaN where the loss is not finite, so that every rank sees a norm that is not finite
+        ctx.mark_non_differentiable(nll)
+        return total, nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The gradients of the chunked loss were used up by the first backward pass.")
+        factor = grad_total + ctx.poison
+        scaled = [
+            None if gradient is None else gradient.mul_(factor).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None
+        return *scaled, None, None
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    request: HeadRequest,
+    needs: tuple[bool, ...],
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """NLL of each position and the gradients of its sum: of hidden in `dtype`, of weight and bias in fp32."""
+    tail, targets = request.tail, request.targets
+    assert targets is not None
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    for_hidden = torch.empty_like(hidden) if needs[0] else None
+    for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
+    for_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if needs[2] else None
+
+    for start in range(0, len(hidden), request.chunk):
+        part = slice(start, start + request.chunk)
+        target = targets[part, None]
+        logits = torch.mm(hidden[part], weight.T)  # not F.linear, which DeepSpeed replaces during a pass
+        if bias is not None:
+            logits.add_(bias)
+        logits = tail(logits.float())
+        normaliser = logits.logsumexp(dim=1, keepdim=True)
+        nll[part] = (normaliser - logits.gather(1, target)).squeeze(1)
+        if not any(needs):
+            continue
+        slope = None if tail.softcap is None else 1 - (logits / tail.softcap).square_()
+        gradient = logits.sub_(normaliser).exp_()  # softmax
+        gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+        if slope is not None:
+            gradient.mul_(slope)
+        if tail.scale != 1.0:
+            gradient.mul_(tail.scale)
+        if for_bias is not None:
+            for_bias += gradient.sum(dim=0)
+        low = gradient.to(dtype)
+        if for_hidden is not None:
+            torch.mm(low, weight, out=for_hidden[part])
+        if for_weight is not None:
+            add_product(for_weight, low, hidden[part])
+    return nll, (for_hidden, for_weight, for_bias)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left.T @ right, summed in fp32 whatever the factors' dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    elif total.device.type == "cuda":
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+def head_forward(head: nn.Linear, hidden: Tensor, request: HeadRequest | None = None) -> Any:
+    """What replaces `forward` of a head instance.
+
+    Without a request: plain logits. With targets: (sum of NLL, NLL of each position). Without targets: fp32 logits with
+    the tail applied.
+    """
+    if request is None or request.targets is None:
+        logits = F.linear(hidden, head.weight, head.bias)
+        return logits if request is None else request.tail(logits.float())
+    needs = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, head.weight, head.bias)
+    )
+    return ChunkedLoss.apply(hidden, head.weight, head.bias, request, needs)
