@@ -33,6 +33,8 @@ def data(run: Run) -> Iterator[str]:
             f"data.eval_fraction={given.eval_fraction} has no effect with data.eval_path: nothing is held out of the "
             "training rows. Drop one of the two."
         )
+    if not given.eval_path and not is_default(run, "data.eval_split"):
+        yield f"data.eval_split={given.eval_split} has no effect without data.eval_path. Set it, or drop this."
     if given.workers != "auto" and not (isinstance(given.workers, int) and given.workers >= 1):
         yield f"data.workers={given.workers}: auto or a number of processes from 1 is wanted."
 
@@ -69,11 +71,13 @@ def looks_local(path: str) -> bool:
 
 def files(run: Run) -> Iterator[str]:
     """Files that are named but not there."""
-    named = [("data.path", run.data.path, run.data.format), ("data.eval_path", run.data.eval_path, run.data.format)]
+    named: list[tuple[str, str | None, str]] = []
+    if run.data.format != "python_docs":
+        named += [(f"data.{name}", getattr(run.data, name), run.data.format) for name in ("path", "eval_path")]
+        named.append(("data.exclude_ids", run.data.exclude_ids, "file"))
     for index, source in enumerate(run.data.sources):
         named.append((f"data.sources[{index}].path", source.path, source.format))
         named.append((f"data.sources[{index}].exclude_ids", source.exclude_ids, "file"))
-    named.append(("data.exclude_ids", run.data.exclude_ids, "file"))
     if run.data.chat_template not in ("auto", "chatml"):
         named.append(("data.chat_template", run.data.chat_template, "file"))
     for name, path, format in named:
@@ -86,5 +90,5 @@ def beside(path: Path) -> str:
     """The nearest name in the folder where a file was looked for."""
     if not path.parent.is_dir():
         return f" The folder {path.parent} is missing too."
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.75)
     return f" Did you mean {path.parent / near[0]}?" if near else ""

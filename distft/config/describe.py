@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any
 
-from distft.config.words import Knob, knobs
+from distft.config.schema import Source
+from distft.config.words import Knob, docs_of, knobs
 
 HEAD = {
     "train": "Fine-tune a language model. Run it as: python train.py [group=choice …] [key=value …] [-m]",
@@ -33,6 +35,9 @@ def help_template(verb: str, schema: type) -> str:
 def entry(knob: Knob) -> str:
     """One knob: `name=default` and beneath it what it does."""
     about = knob.doc
+    of_source = re.match(r"See `Source\.(\w+)`[.;]? ?", about)
+    if of_source:
+        about = f"{docs_of(Source)[of_source.group(1)]} {about[of_source.end() :].capitalize()}".strip()
     if len(knob.choices) > 1:
         about = f"[{', '.join(shown(choice) for choice in knob.choices)}] {about}".strip()
     lines = textwrap.wrap(about, width=106) if about else []

@@ -52,10 +52,9 @@ def start_run(
     snapshot = run_dir / "config.yaml"
     resume = run.resume if run.resume not in ("auto", "never") else None
     if run.launch.dry_run:
-        print(f"# {run_dir} holds the configuration. What would be started:")
-        print(verb_command("preflight", str(snapshot)))
-        for one in worker_commands(run.launch.engine, size, snapshot, resume):
-            print(one)
+        commands = [verb_command("preflight", str(snapshot))]
+        commands += worker_commands(run.launch.engine, size, snapshot, resume)
+        print("\n".join([f"# {run_dir} holds the configuration. What would be started:", *map(str, commands)]))
         return errors.DONE
     if alone:
         output.keep(run_dir, 0)
