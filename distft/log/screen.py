@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 
@@ -28,22 +29,25 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def told(record: Mapping[str, Any]) -> str:
-    """What of a training record is worth a glance."""
-    parts = [f"loss {record['loss']:.4f}"] if "loss" in record else []
-    if "grad_norm" in record:
-        parts.append(f"norm {record['grad_norm']:.3g}")
-    if "learning_rate" in record:
-        parts.append(f"lr {record['learning_rate']:.2e}")
-    if "tokens_per_second" in record:
-        parts.append(f"{short(record['tokens_per_second'])} tokens/s")
-    if "mfu" in record:
-        parts.append(f"{record['mfu']:.1%} MFU")
-    if "memory_peak_bytes" in record:
-        parts.append(f"{record['memory_peak_bytes'] / 2**30:.1f} GiB")
-    if record.get("skipped"):
-        parts.append(f"{record['skipped']} skipped")
-    return "  ".join(parts)
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "loss": lambda loss: f"loss {loss:.4f}",
+    "grad_norm": lambda norm: f"norm {norm:.3g}",
+    "learning_rate": lambda rate: f"lr {rate:.2e}",
+    "tokens_per_second": lambda rate: f"{short(rate)} tokens/s",
+    "mfu": lambda share: f"{share:.1%} MFU",
+    "memory_peak_bytes": lambda size: f"{size / 2**30:.1f} GiB",
+    "skipped": lambda steps: f"{steps} skipped" if steps else "",
+}
+FIRST_TO_GO = ("grad_norm", "mfu", "learning_rate", "memory_peak_bytes", "tokens_per_second")
+
+
+def told(record: Mapping[str, Any], width: int = 1000) -> str:
+    """What of a training record is worth a glance, in at most `width` columns if that can be."""
+    parts = {name: text for name, show in SHOWN.items() if name in record and (text := show(record[name]))}
+    for name in FIRST_TO_GO:
+        if len("  ".join(parts.values())) > width:
+            parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 class TimeLeft(ProgressColumn):
@@ -63,17 +67,18 @@ class Screen:
         self.num_steps = num_steps
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.bar: Progress | None = None
+        self.bar_width = 20 if self.console.width >= 120 else 8
         self.first = first
 
     def open(self) -> None:
         """Show the bar from the first record on, so that what is said before it stands in plain lines."""
         if self.bar is None and self.console.is_terminal and not self.console.is_dumb_terminal:
+            whole = Column(no_wrap=True)
             self.bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[told]}"),
-                TimeLeft(),
+                MofNCompleteColumn(table_column=whole),
+                BarColumn(bar_width=self.bar_width),
+                TextColumn("{task.fields[told]}", table_column=whole),
+                TimeLeft(table_column=whole),
                 console=self.console,
                 refresh_per_second=2,
             )
@@ -85,7 +90,8 @@ class Screen:
         self.open()
         left = record["seconds"] * (self.num_steps - step) if "seconds" in record else None
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, told=told(record), left=left, at=time.monotonic())
+            width = self.console.width - 2 * len(str(self.num_steps)) - self.bar_width - len("/  0:00:00 left ")
+            self.bar.update(self.task, completed=step, told=told(record, width), left=left, at=time.monotonic())
         else:
             ending = "" if left is None else f"  {clock(left)} left"
             self.say(f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  {told(record)}{ending}")

@@ -22,7 +22,7 @@ from distft.config.schema import Run
 from distft.log import Log, background
 from distft.log.background import Background
 from distft.log.lines import Lines
-from distft.log.screen import clock, short
+from distft.log.screen import clock, short, told
 from distft.world import World
 from tests.unit.wandb_offline import read
 
@@ -218,6 +218,14 @@ def test_words_for_numbers() -> None:
     words = ["0", "7.25", "999", "12.3k", "2.5M", "3.1T"]
     assert [short(number) for number in (0, 7.25, 999, 12345, 2_500_000, 3.1e12)] == words
     assert [clock(seconds) for seconds in (-3, 5, 65, 3725)] == ["0:00", "0:05", "1:05", "1:02:05"]
+
+
+def test_a_narrow_terminal_shows_less() -> None:
+    record = {"loss": 2.5, "grad_norm": 1.25, "learning_rate": 2e-4, "tokens_per_second": 1e3, "mfu": 0.5}
+    assert told(record) == "loss 2.5000  norm 1.25  lr 2.00e-04  1k tokens/s  50.0% MFU"
+    assert told(record, 50) == "loss 2.5000  lr 2.00e-04  1k tokens/s  50.0% MFU"
+    assert told(record, 40) == "loss 2.5000  lr 2.00e-04  1k tokens/s"
+    assert told(record, 3) == "loss 2.5000"
 
 
 # W&B
