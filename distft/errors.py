@@ -15,6 +15,7 @@ class Stop(Exception):
     """Base of every deliberate end; `exit_code` is what the process returns, the message is all that is printed."""
 
     exit_code = BUG
+    status = "failed"  # in result.json
 
 
 class UserMistake(Stop):
@@ -45,15 +46,18 @@ class GuardStop(Stop):
     """Training was stopped by a guard: the numbers had become useless."""
 
     exit_code = STOPPED_BY_GUARD
+    status = "stopped_by_guard"
 
 
 class Stalled(Stop):
     """A rank or a collective did not move within `guard.stall_seconds`."""
 
     exit_code = STALLED
+    status = "stalled"
 
 
 class SignalStop(Stop):
     """A signal asked the run to end; a checkpoint was written first."""
 
     exit_code = SAVED_AFTER_SIGNAL
+    status = "saved_after_signal"

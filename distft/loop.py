@@ -120,6 +120,7 @@ class Fit:
             norm, nll = self.step(step)
             state.step += 1
             state.cursor = self.plan.cursor(state.step)
+            state.count(self.source_names, step.source_tokens, step.source_supervised)
             self.guard(norm, step)
             if state.step == 1 or self.due(config.log.every):
                 self.record(step, norm, nll)
