@@ -55,11 +55,15 @@ class Zero:
 
     # --- birth -------------------------------------------------------------------------------------------------------
 
-    def born(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def born(self) -> Iterator[None]:
         """On meta. `prepare` allocates tensor by tensor, and under zero3 keeps this rank's partition of each only."""
-        return torch.device("meta")
+        with torch.device("meta"):
+            yield
 
-    def prepare(self, trainee: Trainee, blocks: list[nn.Module], weights: Weights, make_optimizer: MakeOptimizer) -> None:
+    def prepare(
+        self, trainee: Trainee, blocks: list[nn.Module], weights: Weights, make_optimizer: MakeOptimizer
+    ) -> None:
         """Lay the trainee over the ranks; each rank reads only the ranges of trained weights that it owns.
 
         `blocks` is not used: ZeRO-3 gathers module by module.
@@ -74,12 +78,12 @@ class Zero:
         self.saves_linear = bool(config["zero_optimization"].get("memory_efficient_linear", True)) and self.stage == 3
 
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # DeepSpeed reads it, also in a world of one
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its CPU collective would be compiled for minutes
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU collective, compiled for minutes
         deepspeed.comm.init_distributed(auto_mpi_discovery=False)
         partition = Partition(config) if self.stage == 3 else None
         allocate(model, self.world.device, self._dtype_of, partition)
         finish_buffers(model, self.world.device)
-        self.parameters = dict(model.named_parameters())
+        self.parameters: dict[str, Any] = dict(model.named_parameters())
         self.shapes = {name: full_shape(parameter) for name, parameter in self.parameters.items()}
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
@@ -107,7 +111,7 @@ class Zero:
             if self.stage == 3:
                 start, length = own_range(parameter, self.world)
                 if length > 0:
-                    parameter.ds_tensor[:length].copy_(weights.read(name, start, length))  # type: ignore[attr-defined]
+                    parameter.ds_tensor[:length].copy_(weights.read(name, start, length))
             else:
                 parameter.view(-1).copy_(weights.read(name))
         for name, buffer in persistent_buffers(self.trainee.model):
@@ -122,7 +126,7 @@ class Zero:
         return LossSums(**answer) if isinstance(answer, dict) else answer
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate in fp32. DeepSpeed reduces by itself: zero1 within `step`, zero2 and zero3 after every backward."""
+        """Accumulate in fp32. DeepSpeed reduces by itself: zero1 within `step`, the others after every backward."""
         # The one place where DeepSpeed's averaging over the ranks is cancelled: the gradient wanted is the sum.
         with self._memory_efficient_linear():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
@@ -234,7 +238,7 @@ class Zero:
                 yield name, self._assemble(shape, torch.float32, pieces)
             elif self.stage == 3:
                 start, length = own_range(parameter, self.world)
-                part = parameter.ds_tensor  # type: ignore[attr-defined]
+                part = parameter.ds_tensor
                 pieces = [(start, part[:length])] if length > 0 else []
                 yield name, self._assemble(shape, part.dtype, pieces)
             else:

@@ -1,0 +1,142 @@
+"""Files of flat ranges: written tensor by tensor, read range by range, whichever engine and world size wrote them.
+
+A rank's file is plain safetensors. Its tensors are 1-D, called `<kind>/<parameter's name>`; the header's metadata holds
+for each the first flat index of its range and the shape of the whole parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distft.checkpoint.layout import Damaged, FileRecord
+from distft.strategy.base import Shard
+
+BLOCK = 1 << 24  # bytes hashed at a time
+
+
+def key_of(shard: Shard) -> str:
+    return f"{shard.kind}/{shard.name}"
+
+
+def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
+    """Write `shards` and bring them to the disk, one tensor in host memory at a time; hashed as they are written.
+
+    The bytes hashed are those handed to the file system, so that a later reading finds what the disk changed.
+    """
+    index = {key_of(shard): [shard.start, list(shard.shape)] for shard in shards}
+    header: dict[str, Any] = {"__metadata__": {"index": json.dumps(index)}}
+    offset = 0
+    for shard in shards:
+        assert (shard.tensor.dtype, shard.tensor.dim()) == (torch.float32, 1), key_of(shard)
+        end = offset + 4 * shard.tensor.numel()
+        header[key_of(shard)] = {"dtype": "F32", "shape": [shard.tensor.numel()], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+
+    digest = xxhash.xxh3_128()
+    with open(path, "wb") as file:
+        for part in (struct.pack("<Q", len(text)), text):
+            file.write(part)
+            digest.update(part)
+        for shard in shards:
+            data: Any = shard.tensor.detach().cpu().contiguous().numpy()
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return FileRecord(file.tell(), digest.hexdigest())
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a whole file."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def coverage(shards: Iterable[Shard]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """By key: number of values in this rank's range, and the whole parameter's shape."""
+    return {key_of(shard): (shard.tensor.numel(), shard.shape) for shard in shards}
+
+
+def complete(parts: Iterable[dict[str, tuple[int, tuple[int, ...]]]]) -> tuple[list[str], dict[str, list[int]]]:
+    """Kinds and shapes of what all ranks hold together.
+
+    Raises:
+        RuntimeError: the ranks' ranges do not make up whole parameters (an engine's bug, found before it costs a run).
+    """
+    counts: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in parts:
+        for key, (length, shape) in part.items():
+            counts[key] = counts.get(key, 0) + length
+            shapes[key] = shape
+    for key, count in counts.items():
+        if count != math.prod(shapes[key]):
+            raise RuntimeError(f"the ranks hold {count} values of {key} {list(shapes[key])} together")
+    kinds = sorted({key.split("/", 1)[0] for key in shapes})
+    whole = {key.split("/", 1)[1]: list(shape) for key, shape in sorted(shapes.items())}
+    return kinds, whole
+
+
+@torch.no_grad()
+def read(paths: Sequence[Path], shards: Sequence[Shard]) -> None:
+    """Fill `shards` from the files: those parts of each file's ranges that fall into them, and no more.
+
+    `paths`: the most likely file first; reading ends as soon as everything is filled.
+
+    Raises:
+        Damaged: a file is not readable, or values are missing.
+    """
+    missing = {key_of(shard): (shard, shard.tensor.numel()) for shard in shards}
+    for path in paths:
+        if not missing:
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                index = json.loads(file.metadata()["index"])
+                for key in [key for key in missing if key in index]:
+                    shard, left = missing.pop(key)
+                    left -= _copy_overlap(file, key, index[key][0], shard)
+                    if left > 0:
+                        missing[key] = (shard, left)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise Damaged(f"{path} cannot be read: {error}") from error
+    if missing:
+        raise Damaged(f"{paths[0].parent} has no values for {', '.join(sorted(missing)[:3])}")
+
+
+def _copy_overlap(file: Any, key: str, start: int, shard: Shard) -> int:
+    """Copy what the file's range of `key`, starting at flat index `start`, shares with `shard`; returns how much."""
+    stored = file.get_slice(key)
+    low = max(start, shard.start)
+    high = min(start + stored.get_shape()[0], shard.start + shard.tensor.numel())
+    if high <= low:
+        return 0
+    shard.tensor[low - shard.start : high - shard.start].copy_(stored[low - start : high - start])
+    return high - low
+
+
+def differing(path: Path, shards: Sequence[Shard]) -> list[str]:
+    """Keys whose values in the file differ in any bit from `shards`, which are what was written into it."""
+    different = []
+    with safe_open(path, framework="pt") as file:
+        for shard in shards:
+            stored: Tensor = file.get_tensor(key_of(shard))
+            if not torch.equal(stored.view(torch.int32), shard.tensor.detach().cpu().contiguous().view(torch.int32)):
+                different.append(key_of(shard))
+    return different
