@@ -295,7 +295,7 @@ def generate(argv: list[str]) -> int:
     folders = [word for word in argv if not word.startswith("-") and "=" not in word]
     if len(folders) != 1 and not shows_only(argv):
         raise UserMistake("distft generate takes one folder: the final/ of a run, or any model's folder.")
-    composed = compose([word for word in argv if word not in folders], verb="generate")
+    composed = compose([literal(word) for word in argv if word not in folders], verb="generate")
     if composed.line.shows_only:
         hand_over(composed)
         return errors.DONE
@@ -303,6 +303,16 @@ def generate(argv: list[str]) -> int:
     from distft.verbs.generate import main as verb
 
     return verb(composed.run, folders[0])
+
+
+def literal(word: str) -> str:
+    """A question as it was typed: its commas and quotes mean nothing to Hydra's grammar."""
+    from distft.launch.start import quoted
+
+    name, _, text = word.partition("=")
+    if name not in ("prompt", "system") or (text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1):
+        return word
+    return f"{name}={quoted(text)}"
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -18,7 +18,7 @@ from distft.config.given import all_knobs, ignored, is_default, value_of
 from distft.config.ranges import RANGES
 from distft.config.schema import Run, Source
 from distft.config.schema.strategy import ZERO
-from distft.config.words import knobs, nearest
+from distft.config.words import knobs, nearest, sections
 
 
 def check(run: Run) -> list[str]:
@@ -234,8 +234,9 @@ def tracking(run: Run) -> Iterator[str]:
 
 def resuming(run: Run) -> Iterator[str]:
     for name in run.resume_allow:
-        if name not in all_knobs():
-            near = nearest(name, all_knobs())
+        known = [*all_knobs(), *sections(Run)]
+        if name not in known:
+            near = nearest(name, known)
             yield f"resume_allow: {name} is no knob." + (f" Did you mean {near}?" if near else "")
     if run.resume == "never" and run.resume_allow:
         yield "resume_allow has no effect with resume=never. Drop one of the two."

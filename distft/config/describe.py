@@ -21,7 +21,8 @@ FOLDER adds configuration files of your own, and a run folder repeats its run: -
 
 def help_template(verb: str, schema: type) -> str:
     """The template that Hydra fills with its config groups."""
-    parts = [HEAD.get(verb, ""), "Groups (group=choice):", "$APP_CONFIG_GROUPS".rstrip(), "Knobs (key=value):"]
+    groups = ["Groups (group=choice):", "$APP_CONFIG_GROUPS"] if verb == "train" else []
+    parts = [HEAD[verb], *groups, "Knobs (key=value):"]
     section = None
     for knob in knobs(schema, docs=True):
         prefix = knob.name.rpartition(".")[0]
@@ -29,7 +30,7 @@ def help_template(verb: str, schema: type) -> str:
             section = prefix
             parts.append("")
         parts.append(entry(knob))
-    return "\n".join([*parts, "", FOOT])
+    return "\n".join([*parts, "", FOOT] if verb == "train" else parts)
 
 
 def entry(knob: Knob) -> str:

@@ -45,6 +45,11 @@ class Command:
         return " ".join([*settings, shlex.join(self.argv)])
 
 
+def quoted(text: str) -> str:
+    """Text as a value in Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def package_path() -> dict[str, str]:
     """What children need to import this very distft, also when it is run from a checkout that is not installed."""
     root = str(Path(__file__).resolve().parents[2])

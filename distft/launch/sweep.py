@@ -24,7 +24,7 @@ from distft.config.load import Composed, compose
 from distft.errors import Stop, UserMistake
 from distft.launch import agree
 from distft.launch.controller import in_sweep, note_job, sweep_verdict
-from distft.launch.start import CRASH_SECONDS, DELIBERATE, STOP_SECONDS, Signals, kill_groups, verb_command
+from distft.launch.start import CRASH_SECONDS, DELIBERATE, STOP_SECONDS, Signals, kill_groups, quoted, verb_command
 from distft.launch.topology import Place, free_port
 from distft.launch.worker import without_local_rank
 
@@ -125,11 +125,6 @@ def run_job(number: int, words: list[str], folder: Path, place: Place, store: St
     if place.is_main and code not in DELIBERATE and store.check([failed_key]):
         return errors.BUG
     return code
-
-
-def quoted(text: str) -> str:
-    """Text as a value in Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def meet(store: Store, key: str, place: Place) -> None:

@@ -119,7 +119,7 @@ TAKEN: list[dict[str, Any]] = [
     {"data__eval_fraction": 0},
     {"max_steps": 5},
     {"log__tags": ["a"]},
-    {"resume_allow": ["optim.lr"]},
+    {"resume_allow": ["optim.lr", "data"]},
     {"run__name": "first-run_2"},
     {"launch__ranks": 8, "launch__engine": "torchrun"},
 ]
