@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distft.config.schema import Run
 from distft.data.batch import Batch
+from distft.model.attention import VARLEN
 from distft.objective.trainee import LossRequest, LossSums, Trainee
 from distft.optim import make_optimizer
 from distft.strategy import make_strategy
@@ -39,10 +40,11 @@ class Case:
     strategy: str
     accumulation: int = 1
     recipe: Recipe = field(default_factory=Recipe)
-    packed: bool = False
+    layout: str = "rows"  # one document a row; "packed": all in one; "leaking": in one, with no boundaries told
     precision: str = "fp32"
     checkpointing: str = "none"
     mean_of_means: bool = False  # a wrong scale, as a negative control: every micro-batch by its own count
+    wrong_factor: float = 1.0  # another one: all gradients times this
     poisoned: tuple[int, int] | None = None  # (step, rank) whose loss is not a number
     kept: bool = True  # False: gradients are dropped
 
@@ -69,7 +71,8 @@ def prepared(world: World, case: Case) -> Strategy:
     run = run_of(case)
     strategy = make_strategy(run, world, case.precision)
     with strategy.born():
-        model = AutoModelForCausalLM.from_config(config(case.recipe.tied))
+        attention = "eager" if case.layout == "rows" else VARLEN
+        model = AutoModelForCausalLM.from_config(config(case.recipe.tied), attn_implementation=attention)
     weights: Weights = MemoryWeights(base_weights(case.recipe.tied))
     if case.recipe.tuning == "lora":
         from distft.model.tuning import apply
@@ -148,13 +151,20 @@ def packed(group: Sequence[Document]) -> Batch:
     )
 
 
+def leaking(group: Sequence[Document]) -> Batch:
+    """As `packed`, but as if it were one document: the layout that a wrong attention would amount to."""
+    batch = packed(group)
+    length = batch.num_tokens
+    return replace(batch, cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_length=length, lengths=(length,))
+
+
 def micro_batches(step: Sequence[Document], world: World, case: Case) -> list[Batch]:
     """This rank's share of a step in `accumulation` micro-batches; empty ones where it runs short."""
     most = -(-len(step) // world.data_size)
     size = -(-most // case.accumulation)
     mine = step[world.data_rank :: world.data_size]
     groups = [mine[index * size : (index + 1) * size] for index in range(case.accumulation)]
-    layout = packed if case.packed else rows
+    layout = {"rows": rows, "packed": packed, "leaking": leaking}[case.layout]
     return [layout(group) if group else Batch.empty() for group in groups]
 
 
@@ -170,7 +180,7 @@ def train(strategy: Strategy, world: World, case: Case, index: int) -> tuple[flo
             scale = 1 / max(1, batch.num_supervised) / len(batches) / world.data_size
         answer = strategy.forward(LossRequest(batch, scale, batch.num_tokens / 100, NUM_SOURCES))
         assert isinstance(answer, LossSums)
-        loss = answer.loss * (float("nan") if case.poisoned == (index, world.rank) else 1.0)
+        loss = answer.loss * (float("nan") if case.poisoned == (index, world.rank) else case.wrong_factor)
         strategy.backward(loss, last=number == len(batches) - 1)
         nll += answer.nll
     norm = strategy.step(case.recipe.lr, keep=case.kept)

@@ -70,3 +70,23 @@ def test_every_engine_equals_the_plain_loop(
     assert max(found.values()) < BOUND, found
     for other in outcomes[1:]:
         assert (other.losses, other.norms) == (outcomes[0].losses, outcomes[0].norms)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_mean_of_means_is_noticed(pool: Callable[[int], Pool], num_ranks: int) -> None:
+    """Negative control: every micro-batch scaled by its own count, as if all had the same number of targets."""
+    recipe = RECIPES["full-sgd"]
+    outcome = pool(num_ranks).run(run_case, Case("ddp", 4, recipe, mean_of_means=True))[0]
+    found = differences(outcome, reference(recipe), recipe)
+    assert found["gradients"] > 1000 * BOUND
+    assert found["norm"] > 1000 * BOUND
+
+
+def test_adamw_hides_a_wrong_scale_and_sgd_does_not(pool: Callable[[int], Pool]) -> None:
+    """Why parity runs on SGD as well: twice the gradient leaves AdamW's parameters almost where they were."""
+    off = {}
+    for name in ("full-sgd", "full-adamw"):
+        outcome = pool(1).run(run_case, Case("ddp", 1, RECIPES[name], wrong_factor=2.0))[0]
+        off[name] = differences(outcome, reference(RECIPES[name]), RECIPES[name])["parameters"]
+    assert off["full-sgd"] > 1000 * BOUND
+    assert off["full-adamw"] < off["full-sgd"] / 100
