@@ -67,6 +67,9 @@ class Data:
     eval_path: str | None = None
     """Evaluation rows, read like `data.path`. Without it `data.eval_fraction` of every source is held out."""
 
+    eval_split: str = "test"
+    """Split of `data.eval_path` where that is a hub data set or a saved `DatasetDict`."""
+
     eval_fraction: float = 0.05
     """Share of rows held out for evaluation when there is no `data.eval_path`; chosen by a hash of the row."""
 
