@@ -82,7 +82,7 @@ def stored_names(model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tenso
     """Tensors under the names and in the pieces in which transformers stores this model, such as one file entry an
     expert. Pieces that belong together wait for each other; everything else passes straight on."""
     from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, apply_converters, revert_weight_conversion
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
     mapping = [
         entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)
@@ -93,7 +93,7 @@ def stored_names(model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tenso
     model._weight_conversions = mapping
     reverse = [entry.reverse_transform() for entry in reversed(mapping)]
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
-    group_of = {name: apply_converters(name, converters)[0] for name in model.state_dict()}
+    group_of = {name: group_name(name, converters) for name in model.state_dict()}
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     sizes: dict[str, int] = defaultdict(int)
     for name, group in group_of.items():
@@ -106,6 +106,15 @@ def stored_names(model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tenso
             yield from revert_weight_conversion(model, waiting.pop(group)).items()
     for rest in waiting.values():
         yield from revert_weight_conversion(model, rest).items()
+
+
+def group_name(name: str, converters: list[Any]) -> str:
+    """The name under which transformers collects what one converter turns into stored tensors together."""
+    for converter in converters:
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return str(renamed)
+    return name
 
 
 def write_adapter(staging: Path, base: Path, run: Run, tensors: NamedTensors) -> dict[str, str]:

@@ -81,7 +81,8 @@ def restore_ties(model: nn.Module) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer layers, in order: the model's outermost list of `num_hidden_layers` modules."""
+    """The transformer layers, in order: the model's outermost list of `num_hidden_layers` modules, together with any
+    other outermost list of the same kind of module (models of two stacks)."""
     base = base_of(model)
     config = base.config.get_text_config()
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
@@ -91,7 +92,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if not candidates:
         raise UserMistake(f"model.path: {type(base).__name__} has no list of layers to shard by; give another model.")
     sizes = [len(list(module.modules())) for module in candidates]
-    return list(candidates[sizes.index(max(sizes))])
+    kinds = {type(block) for block in candidates[sizes.index(max(sizes))]}
+    return [block for stack in outermost if {type(block) for block in stack} <= kinds for block in stack]
 
 
 # --- buffers --------------------------------------------------------------------------------------------------------

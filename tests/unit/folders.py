@@ -53,6 +53,13 @@ CONFIGS: dict[str, Any] = {
     "qwen3 moe, experts apart": lambda: transformers.Qwen3MoeConfig(
         **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
+    "hrm text, projections fused": lambda: transformers.HrmTextConfig(
+        **{key: value for key, value in SHAPE.items() if key not in ("num_key_value_heads", "num_hidden_layers")},
+        num_hidden_layers=1,
+        H_cycles=1,
+        L_cycles=1,
+        L_bp_cycles=[1],
+    ),
     "deepseek v3, stored buffer": lambda: transformers.DeepseekV3Config(
         **{key: value for key, value in SHAPE.items() if key not in ("head_dim", "num_key_value_heads")},
         num_key_value_heads=4,
