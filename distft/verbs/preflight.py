@@ -1,0 +1,107 @@
+"""`distft preflight`: everything that can go wrong before a GPU is needed, found in one process on a CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distft.config.schema import Run
+from distft.errors import UserMistake
+from distft.prepared import Prepared
+
+if TYPE_CHECKING:
+    from distft.data.encode import EncodedSource
+
+
+def preflight(run: Run, run_dir: Path) -> None:
+    """Model folder, data, template, stop token, layout, steps and disk; writes `prepared.json` into the run folder.
+
+    Raises:
+        UserMistake: with the knob and the cure.
+    """
+    from distft.data.batches import Plan
+    from distft.data.encode import prepare, settle_template
+    from distft.data.sources import texts
+    from distft.model.folder import load_tokenizer, resolve
+    from distft.objective import make_encoder
+
+    notes: list[str] = []
+    model_folder = resolve(run, partial(texts, run))
+    tokenizer = load_tokenizer(model_folder, run)
+    if run.objective.name == "sft":
+        settle_template(tokenizer, run.data.chat_template)
+    tokenizer_folder = run_dir / "tokenizer"
+    tokenizer.save_pretrained(tokenizer_folder)
+    data = prepare(run, tokenizer, tokenizer_folder, run_dir, make_encoder)
+    attention, packed = choose_layout(run, model_folder, notes)
+    plan = Plan(data.train, run.batch, run.data.sequence_length, run.seed, packed, data_rank=0, data_size=1)
+    num_steps = plan.num_steps(run.epochs, run.max_steps)
+    check_positions(run, model_folder)
+    check_disk(run, model_folder, run_dir, num_steps)
+    notes.append(describe(data.train, data.eval, num_steps, run, packed))
+    Prepared(
+        model_folder=str(model_folder),
+        tokenizer_folder=str(tokenizer_folder),
+        data_folder=str(data.path),
+        data_hash=data.hash,
+        packed=packed,
+        attention=attention,
+        notes=tuple(notes),
+    ).write(run_dir)
+
+
+def choose_layout(run: Run, model_folder: Path, notes: list[str]) -> tuple[str, bool]:
+    """Which attention the model gets, and whether documents share a row: only where isolation was seen."""
+    from distft.model.attention import choose, isolated
+
+    choice = choose(model_folder, run.model)
+    if choice.reason:
+        notes.append(choice.reason)
+    if run.data.packing is False:
+        return choice.implementation, False
+    if choice.packs and isolated(model_folder, run.model, choice):
+        return choice.implementation, True
+    reason = f"{model_folder.name}: documents in one row are not isolated from each other in this model"
+    if run.data.packing is True:
+        raise UserMistake(f"{reason}; data.packing=true would train on mixtures. Use data.packing=auto or false.")
+    notes.append(f"{reason}, so every document gets a row of its own (data.packing=auto)")
+    return choice.implementation, False
+
+
+def check_positions(run: Run, model_folder: Path) -> None:
+    """A document can be as long as a bin: the model must know that many positions."""
+    config = json.loads((model_folder / "config.json").read_text())
+    limit = config.get("text_config", config).get("max_position_embeddings")
+    if isinstance(limit, int) and limit < run.data.sequence_length:
+        raise UserMistake(
+            f"data.sequence_length={run.data.sequence_length} is longer than the model's {limit} positions "
+            f"(max_position_embeddings in {model_folder / 'config.json'}); set data.sequence_length={limit} or less."
+        )
+
+
+def check_disk(run: Run, model_folder: Path, run_dir: Path, num_steps: int) -> None:
+    """Room for the checkpoints that will lie side by side, one being written, and the final folder."""
+    weights = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
+    # A checkpoint holds fp32 master and two moments. Adapters are small beside the base: a tenth is more than they take.
+    checkpoint = 3 * 2 * weights if run.tuning.method == "full" else weights // 10
+    num_checkpoints = 1 + (min(run.checkpoint.keep + 1, num_steps // run.checkpoint.every) if run.checkpoint.every else 0)
+    needed = checkpoint * num_checkpoints + (weights if run.tuning.method == "full" else 0)
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise UserMistake(
+            f"The run may write {needed / 1e9:.1f} GB (up to {num_checkpoints} checkpoints of {checkpoint / 1e9:.1f} GB), "
+            f"but {run_dir} has {free / 1e9:.1f} GB free. Set run.dir to a larger disk, or lower checkpoint.keep."
+        )
+
+
+def describe(train: list[EncodedSource], held_out: list[EncodedSource], num_steps: int, run: Run, packed: bool) -> str:
+    rows, tokens = sum(len(s.lengths) for s in train), sum(int(s.lengths.sum()) for s in train)
+    supervised = sum(int(s.supervised.sum()) for s in train)
+    return (
+        f"{rows:,} rows, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised; "
+        f"{sum(len(s.lengths) for s in held_out):,} rows held out; {num_steps:,} steps of {run.batch.global_size} bins of "
+        f"{run.data.sequence_length}, {'packed' if packed else 'one document a row'}"
+    )
