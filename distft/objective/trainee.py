@@ -71,7 +71,7 @@ class Trainee(nn.Module):
         config: Any = model.config
         config.use_cache = False
         self.config = config
-        complaint = head_complaint(self.config)
+        complaint = head_complaint(model)
         causal = attach(model, None if complaint else tail_of(self.config))
         self.notes = ()
         if complaint:
@@ -139,9 +139,10 @@ def sums_by_source(nll: Tensor, sources: Tensor, num_sources: int) -> tuple[Tens
 _complaints: dict[str, str] = {}
 
 
-def head_complaint(config: Any) -> str:
-    """`check_head`, once for each configuration."""
-    key = config.to_json_string(use_diff=False)
+def head_complaint(model: Any) -> str:
+    """`check_head`, once for each configuration. Remote code that made this model is trusted to make its small copy."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    key = causal.config.to_json_string(use_diff=False)
     if key not in _complaints:
-        _complaints[key] = check_head(config)
+        _complaints[key] = check_head(causal.config, type(causal).__module__.startswith("transformers_modules"))
     return _complaints[key]

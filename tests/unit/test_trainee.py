@@ -255,7 +255,7 @@ def test_prompt_tuning_keeps_positions_right() -> None:
 
 @pytest.mark.parametrize("layout", [0, 1], ids=["packed", "one_a_row"])
 def test_the_slower_path_is_right_and_says_so(layout: int, monkeypatch: pytest.MonkeyPatch, reference: Any) -> None:
-    monkeypatch.setattr("distft.objective.trainee.head_complaint", lambda config: "a tail that is not known")
+    monkeypatch.setattr("distft.objective.trainee.head_complaint", lambda model: "a tail that is not known")
     expected, _, gradients = reference
     trainee = Trainee(build(LlamaConfig(**SIZES)))
     assert "a tail that is not known" in trainee.notes[0]

@@ -1,0 +1,181 @@
+"""Fused RMSNorm, RoPE and SwiGLU/GeGLU from liger-kernel (Hsu et al. 2024), put on instances and never on classes.
+
+Liger's own `apply_liger_kernel_to_<model>` knows models by name and replaces functions for the whole process. Here a
+kind of layer is recognised by its shape, tried on a small copy of the model on the same GPU, forward and backward, and
+taken only if the copy's logits and gradients stay what they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distft.errors import UserMistake
+from distft.model.miniature import FIRST_WORD, LAST_WORD, miniature
+
+Patch = Callable[[nn.Module], bool]
+"""Puts a kernel on one module; False where the module is not of a kind that it knows."""
+
+TOLERANCE = 1e-3  # of the largest value; fp32 with another order of sums stays a hundred times below
+
+
+def apply(model: nn.Module, mode: str, device: torch.device) -> list[str]:
+    """Put fused kernels on the layers of `model`, also on meta or wrapped by PEFT. Returns what the user should know.
+
+    mode: `auto` takes them on CUDA where liger-kernel is installed; `liger` insists; `none` leaves the model alone.
+
+    Raises:
+        UserMistake: `liger` where it cannot be had.
+    """
+    if mode == "none":
+        return []
+    missing = why_not(device)
+    if missing:
+        if mode == "liger":
+            raise UserMistake(f"model.kernels=liger {missing} Use model.kernels=auto or none.")
+        return []
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trusted = type(causal).__module__.startswith("transformers_modules")
+    small = miniature(causal.config, trust_remote_code=trusted)
+    if small is None:
+        return ["model.kernels: no small copy of this model could be made to check fused kernels on, so none are used"]
+    taken = proven(small, device)
+    for patch in taken.values():
+        for module in causal.modules():
+            patch(module)
+    if not taken and mode == "liger":
+        raise UserMistake("model.kernels=liger knows no layer of this model. Use model.kernels=auto or none.")
+    return [f"Fused kernels: {', '.join(taken)}"] if taken else []
+
+
+def why_not(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "needs a CUDA GPU."
+    try:
+        installed = find_spec("liger_kernel.ops") is not None
+    except ModuleNotFoundError:
+        installed = False
+    return "" if installed else "needs the package liger-kernel (pip install 'distft[kernels]')."
+
+
+def proven(small: nn.Module, device: torch.device) -> dict[str, Patch]:
+    """The patches under which a copy of `small` on `device` computes what it did, by name. `small` is not changed."""
+    trial = copy.deepcopy(small).to(device).train()
+    expected = outcome(trial)
+    taken: dict[str, Patch] = {}
+    for name, variants in kinds().items():
+        for patch in variants:
+            before = {module: vars(module).get("forward") for module in trial.modules()}
+            if any([patch(module) for module in trial.modules()]) and same(outcome(trial), expected):
+                taken[name] = patch
+                break
+            for module, forward in before.items():
+                put_back(module, forward)
+    return taken
+
+
+def put_back(module: nn.Module, forward: Any) -> None:
+    vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
+
+
+def kinds() -> dict[str, list[Patch]]:
+    """Patches by name; of several variants the first that proves right is taken."""
+    norms = [(0.0, "llama"), (1.0, "gemma")]  # offset of the weight, and where it casts to fp32
+    return {
+        "RMSNorm": [functools.partial(fuse_norm, offset=offset, casting=casting) for offset, casting in norms],
+        "RoPE": [fuse_rotary],
+        "SwiGLU": [functools.partial(fuse_gated, function="LigerSiLUMulFunction")],
+        "GeGLU": [functools.partial(fuse_gated, function="LigerGELUMulFunction")],
+    }
+
+
+def outcome(model: nn.Module) -> list[Tensor]:
+    """Logits and every gradient of a pass over a few tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(FIRST_WORD, LAST_WORD, device=device)[None]
+    model.zero_grad()
+    logits = model(input_ids=ids).logits.float()
+    logits.square().mean().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [logits.detach(), *(gradient.clone() for gradient in gradients)]
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+    if len(got) != len(expected):
+        return False
+    return all(
+        bool(((one - other).abs().max() <= TOLERANCE * other.abs().max()).item())
+        for one, other in zip(got, expected, strict=True)
+    )
+
+
+def fuse_norm(module: nn.Module, offset: float, casting: str) -> bool:
+    """RMSNorm (Zhang & Sennrich 2019) with a weight."""
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
+        return False
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    if eps is None:
+        return False
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        # Not in place: with residuals behind the norm the incoming gradient is needed once more.
+        normed: Tensor = LigerRMSNormFunction.apply(hidden, self.weight, eps, offset, casting, False, None)
+        return normed
+
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    return True
+
+
+def fuse_gated(module: nn.Module, function: str) -> bool:
+    """down(act(gate(x)) * up(x)) (Shazeer 2020), its projections called as modules, adapters included."""
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
+    import liger_kernel.ops
+
+    product = getattr(liger_kernel.ops, function)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(product.apply(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    return True
+
+
+def fuse_rotary(module: nn.Module) -> bool:
+    """Rotary embedding (Su et al. 2021): this instance calls the fused one in place of its Python module's function."""
+    forward = type(module).forward
+    name = "apply_rotary_pos_emb"
+    if not isinstance(forward, types.FunctionType) or name not in forward.__code__.co_names:
+        return False
+    original = forward.__globals__.get(name)
+    if original is None or list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    names = {**forward.__globals__, name: rotate}
+    changed = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = types.MethodType(changed, module)  # type: ignore[method-assign]
+    return True
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """q: [rows, heads, length, size], k: [rows, key heads, length, size], turned by position."""
+    from liger_kernel.ops import LigerRopeFunction
+
+    # The kernel writes over its input, which selective checkpointing may have kept.
+    copies = (tensor.transpose(1, 2).clone().transpose(1, 2) for tensor in (q, k))
+    rotated: tuple[Tensor, Tensor] = LigerRopeFunction.apply(*copies, cos, sin, None, unsqueeze_dim)
+    return rotated
