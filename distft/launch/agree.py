@@ -184,7 +184,8 @@ class Agreement:
         else:
             answer = self.answer("folder")
             folder, token = Path(str(answer["folder"])), Path(str(answer["folder"]), str(answer["token"]))
-        self.tell("seen", folder=str(folder) if sees(token) else "")
+        patience = min(SEE_SECONDS, self.left().total_seconds() / 2)
+        self.tell("seen", folder=str(folder) if sees(token, patience) else "")
         if not self.place.is_main:
             self.answer("seen")
             return folder
@@ -211,9 +212,9 @@ class Agreement:
             self.answer("preflight")
 
 
-def sees(token: Path) -> bool:
-    """Whether a file that rank 0 wrote is there, with its content."""
-    deadline = time.monotonic() + SEE_SECONDS
+def sees(token: Path, patience: float) -> bool:
+    """Whether a file that rank 0 wrote is there within `patience` seconds, with its content."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             if token.read_text() == token.name:

@@ -59,15 +59,24 @@ def start_run(
     if alone:
         output.keep(run_dir, 0)
         return in_process(settle(run), run_dir)
+    return TARGETS[run.launch.target](run, run_dir, resume)
+
+
+def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
+    """All ranks on this machine."""
     signals = Signals()
+    snapshot = run_dir / "config.yaml"
     code = preflight_in_child(snapshot, signals)
     if code or signals.received:
         return code or errors.SAVED_AFTER_SIGNAL
-    commands = worker_commands(run.launch.engine, size, snapshot, resume)
+    commands = worker_commands(run.launch.engine, num_ranks(run.launch.ranks), snapshot, resume)
     if run.launch.engine == "direct":
         return run_direct(commands, run_dir, signals)
     with tempfile.TemporaryDirectory(prefix="distft-") as status:
         return run_launcher(commands[0], run_dir, signals, Path(status))
+
+
+TARGETS = {"local": start_local}  # by launch.target
 
 
 def preflight_in_child(snapshot: Path, signals: Signals) -> int:
