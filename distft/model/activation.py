@@ -1,8 +1,8 @@
 """Gradient checkpointing of transformer blocks (Chen et al. 2016): memory for a second forward pass.
 
-Every block's `forward` is wrapped on the instance, inside the engines' hooks, so that a block is gathered once before its
-forward and once before its backward pass. Non-reentrant: a block's inputs need not require gradients, and the embeddings'
-output is never made to, so that frozen blocks below the first trained one cost nothing in the backward pass.
+Every block's `forward` is wrapped on the instance, inside the engines' hooks, so that a block is gathered once before
+its forward and once before its backward pass. Non-reentrant: a block's inputs need not require gradients, and the
+embeddings' output is never made to, so that frozen blocks below the first trained one cost nothing in the backward pass.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ def enable(model: nn.Module, blocks: Iterable[nn.Module], mode: str) -> None:
     config.use_cache = False  # a block that runs twice would write into a cache twice
     contexts = selective if mode == "selective" else None
     for block in blocks:
-        block.forward = checkpointed(block, block.forward, contexts)  # type: ignore[method-assign]
+        block.forward = checkpointed(block, block.forward, contexts)
 
 
-def checkpointed(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
+def checkpointed(
+    block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any] | None
+) -> Callable[..., Any]:
     """`forward` of `block`, run again in the backward pass. Dropout repeats its random numbers."""
     options: dict[str, Any] = {"use_reentrant": False}
     if contexts is not None:
@@ -75,7 +77,7 @@ def policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> Checkp
 @functools.cache
 def kept_operators() -> frozenset[Any]:
     """The operators in KEPT that exist here: flash-attn registers its own when it is imported."""
-    found = set()
+    found: set[Any] = set()
     for name in KEPT:
         library, operator = name.split("::")
         packet = getattr(getattr(torch.ops, library), operator, None)

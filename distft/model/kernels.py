@@ -27,7 +27,7 @@ Patch = Callable[[nn.Module], bool]
 TOLERANCE = 1e-3  # of the largest value; fp32 with another order of sums stays a hundred times below
 
 
-def apply(model: nn.Module, mode: str, device: torch.device) -> list[str]:
+def apply(model: Any, mode: str, device: torch.device) -> list[str]:
     """Put fused kernels on the layers of `model`, also on meta or wrapped by PEFT. Returns what the user should know.
 
     mode: `auto` takes them on CUDA where liger-kernel is installed; `liger` insists; `none` leaves the model alone.
@@ -74,7 +74,8 @@ def proven(small: nn.Module, device: torch.device) -> dict[str, Patch]:
     for name, variants in kinds().items():
         for patch in variants:
             before = {module: vars(module).get("forward") for module in trial.modules()}
-            if any([patch(module) for module in trial.modules()]) and same(outcome(trial), expected):
+            known = [patch(module) for module in trial.modules()]
+            if any(known) and same(outcome(trial), expected):
                 taken[name] = patch
                 break
             for module, forward in before.items():
@@ -135,7 +136,7 @@ def fuse_norm(module: nn.Module, offset: float, casting: str) -> bool:
         normed: Tensor = LigerRMSNormFunction.apply(hidden, self.weight, eps, offset, casting, False, None)
         return normed
 
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
     return True
 
 
@@ -151,7 +152,7 @@ def fuse_gated(module: nn.Module, function: str) -> bool:
         out: Tensor = self.down_proj(product.apply(self.gate_proj(x), self.up_proj(x)))
         return out
 
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
     return True
 
 
@@ -167,7 +168,7 @@ def fuse_rotary(module: nn.Module) -> bool:
     names = {**forward.__globals__, name: rotate}
     changed = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = types.MethodType(changed, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(changed, module)
     return True
 
 

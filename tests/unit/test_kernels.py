@@ -13,8 +13,8 @@ from transformers.models.llama import modeling_llama
 from distft.errors import UserMistake
 from distft.model import kernels
 
-SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}  # fmt: skip
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}  # fmt: skip
 CPU = torch.device("cpu")
 
 
