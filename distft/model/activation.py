@@ -2,7 +2,7 @@
 
 Every block's `forward` is wrapped on the instance, inside the engines' hooks, so that a block is gathered once before
 its forward and once before its backward pass. Non-reentrant: a block's inputs need not require gradients, and the
-embeddings' output is never made to, so that frozen blocks below the first trained one cost nothing in the backward pass.
+embeddings' output is never made to, so that frozen blocks below the first trained one are not run again.
 """
 
 from __future__ import annotations
