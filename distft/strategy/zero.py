@@ -22,11 +22,15 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # no guessing, no word about it
 import deepspeed
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.utils import set_z3_leaf_module
 
 from distft.config.schema import Run
+from distft.errors import UserMistake
 from distft.model.load import finish_buffers
 from distft.objective.trainee import LossSums
 from distft.strategy.base import Shard
+from distft.strategy.birth import has_separate_experts, persistent_buffers
+from distft.strategy.zero_settings import STAGES, settings
 from distft.world import World
 
 if TYPE_CHECKING:
@@ -36,9 +40,7 @@ if TYPE_CHECKING:
     from distft.strategy.base import MakeOptimizer
     from distft.weights.store import Weights
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LARGEST_BUCKET = 100_000_000  # elements reduced at a time; in fp32 a GPU holds 400 MB (with overlap twice) for it
 
 
 class Zero:
@@ -73,6 +75,8 @@ class Zero:
         mixed = any(not parameter.requires_grad for parameter in model.parameters())
         self.autocast = self.precision == "bf16" and mixed
         self.deepspeed_bf16 = self.precision == "bf16" and not mixed
+        if has_separate_experts(name for name, parameter in model.named_parameters() if parameter.requires_grad):
+            keep_experts_together(model, self.run.strategy.name)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config = settings(self.run, self.world, self.deepspeed_bf16, num_trained)
         self.saves_linear = bool(config["zero_optimization"].get("memory_efficient_linear", True)) and self.stage == 3
@@ -281,44 +285,6 @@ class Partition:
         parameter.ds_tensor.zero_()
 
 
-def settings(run: Run, world: World, bf16: bool, num_trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's `strategy.deepspeed` section with ours on top."""
-    name, cuda = run.strategy.name, world.device.type == "cuda"
-    stage = STAGES[name]
-    zero: dict[str, Any] = {
-        "overlap_comm": cuda and stage >= 2,
-        "reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_trained)),
-    }
-    if name == "zero3_offload":
-        host = {"device": "cpu", "pin_memory": cuda}
-        zero |= {"offload_optimizer": host, "offload_param": dict(host)}
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # a formality: batches never pass through DeepSpeed
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # the loop's call of `step` is the boundary
-        "gradient_clipping": run.optim.clip,  # absent would mean 1.0; 0.0: none
-        "bf16": {"enabled": bf16, "check_grad_overflow": True},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,  # SGD
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW on the host, nothing is compiled
-        "steps_per_print": None,
-        "log_level": run.strategy.deepspeed.get("log_level", "error"),
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every step
-    }
-    return merge(merge({"zero_optimization": zero}, dict(run.strategy.deepspeed)), ours)
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` wins; sections are merged key by key. Neither argument is changed."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
-    return merged
-
-
 def allocate(model: nn.Module, device: torch.device, dtype_of: Any, partition: Partition | None) -> None:
     """Give every parameter and buffer of a model born on meta its memory; ties stay ties."""
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -337,12 +303,22 @@ def allocate(model: nn.Module, device: torch.device, dtype_of: Any, partition: P
                 module._buffers[key] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
 
 
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong to the weights, with their names."""
-    for prefix, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{key}" if prefix else key, buffer
+def keep_experts_together(model: nn.Module, strategy: str) -> None:
+    """Experts that are modules of their own see no token on some ranks, and then the ranks' reductions do not match.
+
+    ZeRO-3 can gather and reduce the module around them as one leaf.
+
+    Raises:
+        UserMistake: ZeRO-1 and -2 cannot.
+    """
+    if STAGES[strategy] < 3:
+        raise UserMistake(
+            f"strategy={strategy}: the experts of this model are modules of their own, and some may see no token on a "
+            "rank, for which DeepSpeed's ZeRO-1 and -2 have no remedy. Use strategy=zero3, fsdp or ddp."
+        )
+    for module in model.modules():
+        if isinstance(getattr(module, "experts", None), nn.ModuleList):
+            set_z3_leaf_module(module, True)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
