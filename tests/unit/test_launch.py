@@ -146,11 +146,14 @@ def ranks(size: int, part: Callable[[agree.Agreement, Place], Any], seconds: flo
     """`part` on every rank, each a thread with its own connection; returns what it returned or raised."""
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     results: list[Any] = [None] * size
+    stores = []  # a rank that trains keeps its store, and rank 0's serves the others
 
     def one(rank: int) -> None:
         place = Place(rank, size, rank, size)
         try:
-            results[rank] = part(agree.Agreement(place, agree.connect(place, seconds), seconds), place)
+            store = agree.connect(place, seconds)
+            stores.append(store)
+            results[rank] = part(agree.Agreement(place, store, seconds), place)
         except BaseException as error:
             results[rank] = error
 
