@@ -46,7 +46,8 @@ def make_optimizer(
     ]
     if optim.name == "sgd":
         return torch.optim.SGD(param_groups, lr=optim.lr, fused=True)
-    return torch.optim.AdamW(param_groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+    beta1, beta2 = optim.betas
+    return torch.optim.AdamW(param_groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=True)
 
 
 def warmup_steps(num_steps: int, schedule: Schedule) -> int:

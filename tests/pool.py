@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STUCK_SECONDS = 5.0  # how long the other ranks may take once one has failed
 RUN_SECONDS = 240.0
 

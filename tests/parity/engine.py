@@ -11,7 +11,9 @@ from torch import Tensor
 
 from distft.config.schema import Run
 from distft.data.batch import Batch
+from distft.model.activation import enable
 from distft.model.attention import VARLEN
+from distft.model.load import blocks
 from distft.objective.trainee import LossRequest, LossSums, Trainee
 from distft.optim import make_optimizer
 from distft.strategy import make_strategy
@@ -62,23 +64,22 @@ def run_of(case: Case) -> Run:
     return run
 
 
-def prepared(world: World, case: Case) -> Strategy:
-    """The trainee of a case under its engine, with the weights of the reference."""
+def prepared(world: World, case: Case, weights: Weights | None = None) -> Strategy:
+    """The trainee of a case under its engine, with the weights of the reference if no others are given."""
     from transformers import AutoModelForCausalLM
-
-    from distft.model.load import blocks
 
     run = run_of(case)
     strategy = make_strategy(run, world, case.precision)
     with strategy.born():
         attention = "eager" if case.layout == "rows" else VARLEN
         model = AutoModelForCausalLM.from_config(config(case.recipe.tied), attn_implementation=attention)
-    weights: Weights = MemoryWeights(base_weights(case.recipe.tied))
+    weights = weights or MemoryWeights(base_weights(case.recipe.tied))
     if case.recipe.tuning == "lora":
         from distft.model.tuning import apply
 
         model, adapted = apply(model, run.tuning, weights, seed=0)
         weights = Overlay(adapted, MemoryWeights(adapters_by_peft_name(case.recipe)))
+    enable(model, blocks(model), case.checkpointing)
     trainee = Trainee(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     strategy.prepare(trainee, blocks(model), weights, partial(make_optimizer, shapes=shapes, optim=run.optim))

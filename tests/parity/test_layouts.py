@@ -1,4 +1,4 @@
-"""Packed against one document a row, and bf16 within a stated bound, under every strategy."""
+"""Packed against one document a row, checkpointed blocks, and bf16 within a stated bound, under every strategy."""
 
 from __future__ import annotations
 
@@ -40,13 +40,26 @@ def test_packing_without_boundaries_is_noticed(pool: Callable[[int], Pool]) -> N
     assert found["gradients"] > 100 * BOUND
 
 
+@pytest.mark.parametrize(("recipe_name", "mode"), [("full-sgd", "full"), ("lora-adamw", "selective")])
+@pytest.mark.parametrize(("strategy", "num_ranks"), LAYOUTS)
+def test_checkpointed_blocks_train_alike(
+    pool: Callable[[int], Pool], strategy: str, num_ranks: int, recipe_name: str, mode: str
+) -> None:
+    recipe = RECIPES[recipe_name]
+    outcome = pool(num_ranks).run(run_case, Case(strategy, 2, recipe, layout="packed", checkpointing=mode))[0]
+    found = differences(outcome, reference(recipe), recipe)
+    assert max(found.values()) < BOUND, found
+
+
 @pytest.mark.parametrize("recipe_name", RECIPES)
 @pytest.mark.parametrize(("strategy", "num_ranks"), [("ddp", 1), ("zero2", 1), ("fsdp", 1), *LAYOUTS])
 def test_bf16_stays_near_the_plain_loop(
     pool: Callable[[int], Pool], strategy: str, num_ranks: int, recipe_name: str
 ) -> None:
     recipe = RECIPES[recipe_name]
-    outcome = pool(num_ranks).run(run_case, Case(strategy, 2, recipe, precision="bf16", layout="packed"))[0]
+    mode = "full" if num_ranks > 1 else "none"
+    case = Case(strategy, 2, recipe, precision="bf16", layout="packed", checkpointing=mode)
+    outcome = pool(num_ranks).run(run_case, case)[0]
     found = differences(outcome, reference(recipe), recipe)
     assert all(value < BF16_BOUNDS[name] for name, value in found.items()), found
     assert found["loss"] > BOUND  # it did compute in bf16

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distft.objective.trainee import LossRequest, LossSums
 from distft.world import World
-from tests.parity.engine import NUM_SOURCES, Case, prepared, rows, take, train
-from tests.parity.reference import Recipe, documents
+from tests.parity.engine import NUM_SOURCES, Case, prepared, reference_name, rows, take, train
+from tests.parity.reference import TARGETS, Recipe, base_weights, documents
 from tests.pool import Pool
 
 LAYOUTS = [
@@ -41,6 +41,7 @@ def overwrite(world: World, case: Case, refreshed: bool) -> dict[str, Any]:
     train(strategy, world, case, 0)
     loss_of(strategy)  # a forward pass without a backward one: nothing it leaves behind may be used later
     full = take(strategy)
+    frozen = {name: tensor for name, tensor in strategy.gather(frozen_names(strategy)) if tensor is not None}
     ranges = [(s.name, s.kind, s.shape, s.start, s.tensor.detach().clone()) for s in strategy.shards()]
     for shard in strategy.shards():
         shard.tensor.copy_(pattern(shard.name, shard.kind, shard.start, shard.tensor.numel()))
@@ -54,11 +55,16 @@ def overwrite(world: World, case: Case, refreshed: bool) -> dict[str, Any]:
         "writes": strategy.writes_shards,
         "ranges": ranges,
         "full": full,
+        "frozen": frozen,
         "written": written,
         "loss": loss,
         "norm": norm,
         "updates": strategy.num_updates,
     }
+
+
+def frozen_names(strategy: Any) -> list[str]:
+    return [name for name, parameter in strategy.trainee.model.named_parameters() if not parameter.requires_grad]
 
 
 def plain_loss(world: World, case: Case) -> tuple[float, float]:
@@ -85,15 +91,20 @@ def test_ranges_cover_everything_once_and_can_be_overwritten(
         assert rank["norm"] == pytest.approx(norm, rel=1e-5)
         assert rank["updates"] == 42
     for name, tensor in found[0]["written"].items():
-        original = next(r[0] for r in found[0]["ranges"] + found[-1]["ranges"] if engine_name(r[0]) == name)
+        original = next(r[0] for r in found[0]["ranges"] + found[-1]["ranges"] if reference_name(r[0]) == name)
         assert torch.equal(tensor.view(-1), pattern(original, "param", 0, tensor.numel())), name
-    assert all(not rank["written"] for rank in found[1:])  # gathered on rank 0 alone
+    base = base_weights(recipe.tied)
+    assert set(found[0]["frozen"]) == ({peft_name(name) for name in base} if tuning == "lora" else set())
+    for name, weight in base.items() if tuning == "lora" else ():
+        assert torch.equal(found[0]["frozen"][peft_name(name)], weight), name
+    assert all(not rank["written"] and not rank["frozen"] for rank in found[1:])  # gathered on rank 0 alone
 
 
-def engine_name(name: str) -> str:
-    from tests.parity.engine import reference_name
-
-    return reference_name(name)
+def peft_name(name: str) -> str:
+    """Where PEFT has a frozen weight: adapted layers keep theirs one level deeper."""
+    module, _, key = name.rpartition(".")
+    adapted = module.split(".")[-1] in TARGETS
+    return f"base_model.model.{module}{'.base_layer' if adapted else ''}.{key}"
 
 
 def assert_covers_once(found: list[dict[str, Any]]) -> None:
@@ -104,9 +115,9 @@ def assert_covers_once(found: list[dict[str, Any]]) -> None:
         for name, kind, shape, start, tensor in rank["ranges"]:
             assert tensor.dtype == torch.float32
             assert tensor.numel() > 0
-            whole = full[engine_name(name)]
+            whole = full[reference_name(name)]
             assert tuple(whole.shape) == tuple(shape)
-            count = covered.setdefault((engine_name(name), kind), torch.zeros(whole.numel()))
+            count = covered.setdefault((reference_name(name), kind), torch.zeros(whole.numel()))
             if rank["writes"]:
                 count[start : start + tensor.numel()] += 1
             if kind == "param":
