@@ -14,6 +14,13 @@ import torch
 from distft.errors import UserMistake
 from distft.model.folder import TOKENIZER_FILES, complaint
 
+PEFT_TO_ITSELF = (
+    "`is_gradient_checkpointing` is deprecated",
+    "fan_in_fan_out is set to",
+    r"The following \w+_pattern keys did not match",
+)
+"""Warnings about old names that PEFT uses and settings that it makes by itself."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,14 +72,15 @@ def tokenizer_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its bars for every read, PEFT without notices about names that transformers retired."""
+    """transformers without its bars for every read, PEFT without the warnings that concern itself."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            for message in PEFT_TO_ITSELF:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         if shown:

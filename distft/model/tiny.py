@@ -63,7 +63,7 @@ def build_tiny(shape: TinyShape, texts: Callable[[], Iterable[str]], cache: Path
     folder = cache / "models" / f"tiny-{key}"
     if (folder / "config.json").exists():
         return folder
-    with new_folder(folder) as staging:
+    with new_folder(folder, replace=False) as staging:
         tokenizer = wrap(train_tokenizer(sample, shape.vocab_size))
         tokenizer.save_pretrained(staging)
         write_model(shape, tokenizer, staging)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from distft.config.schema import Tuning
 from distft.errors import UserMistake
 from distft.model.mapping import shapes_of
+from distft.model.plain import quiet
 from distft.weights.store import Overlay, Renamed, Weights, num_elements
 from distft.world import seed_of
 
@@ -71,8 +71,7 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of an old name in transformers
+        with quiet():
             return get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         text = " ".join(str(error).split())
@@ -134,6 +133,8 @@ class FreshAdapters:
     def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
         shape = self.shapes[name]
         stop = num_elements(shape) if length is None else start + length
+        if not 0 <= start <= stop <= num_elements(shape):
+            raise IndexError(f"{name} has {num_elements(shape)} values; {start} to {stop} was asked for")
         kind = next(part for part in reversed(name.split(".")) if part.startswith("lora_"))
         if kind in ("lora_B", "lora_embedding_A"):
             return torch.zeros(stop - start)

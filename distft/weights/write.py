@@ -19,10 +19,11 @@ SHARD_BYTES = 2 * 1024**3
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     """A folder to fill, which becomes `target` at the end: readers see all of it or none of it.
 
-    A `target` that exists is replaced. Where filling fails, nothing is left behind.
+    A `target` that exists by then is replaced, or kept if not `replace` (a cache, where another process was faster and
+    wrote the same). Where filling fails, nothing is left behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -31,6 +32,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield staging
         for path in (*staging.rglob("*"), staging):
             fsync(path)
+        if target.exists() and not replace:
+            shutil.rmtree(staging)
+            return
         retired = target.with_name(f"{target.name}.old-{uuid.uuid4().hex[:8]}")
         if target.exists():
             target.rename(retired)

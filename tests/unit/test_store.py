@@ -187,4 +187,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with new_folder(target) as staging:
         (staging / "two").write_text("2")
     assert [path.name for path in target.iterdir()] == ["two"]
+    with new_folder(target, replace=False) as staging:
+        (staging / "three").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["two"]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
