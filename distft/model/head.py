@@ -88,6 +88,12 @@ def _forward_through_own(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(causal: Any, *arguments: Any, request: Request | None = None, **options: Any) -> Any:
         if request is None:
             return own(*arguments, **options)
+        mask = options.get("attention_mask")
+        if balances(causal) and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise UserMistake(
+                "The load-balancing loss of this model's own forward cannot be had for packed rows: "
+                "set data.packing=false, or output_router_logits=false in its config.json."
+            )
         if request.num_rows == 1 and can_choose:
             outputs = own(*arguments, logits_to_keep=request.positions, **options)
             logits = outputs.logits[0]

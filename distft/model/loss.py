@@ -143,10 +143,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left.T @ right, summed in fp32 whatever the factors' dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left.T, right)
-    elif total.device.type == "cuda":
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
+    elif total.device.type == "cpu":
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+    elif total.device.type == "cuda" and torch.version.hip is None:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)  # low-precision factors, fp32 sum
+    else:
+        total.add_(torch.mm(left.T, right))
 
 
 def head_forward(head: nn.Linear, hidden: Tensor, request: HeadRequest | None = None) -> Any:

@@ -103,13 +103,19 @@ def by_document(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
     """Causal attention of whole rows, each one document: [rows, heads, length, size] -> [rows, length, heads, size]."""
-    gqa = query.shape[1] != key.shape[1]
     length = query.shape[2]
-    if window is None or window >= length:
+    windowed = window is not None and window < length
+    gqa = query.shape[1] != key.shape[1]
+    if gqa and query.device.type == "cuda" and (windowed or query.dtype == torch.float32):
+        # Without FlashAttention CUDA's fused kernels know no groups, and the one that does makes all scores at once.
+        group = query.shape[1] // key.shape[1]
+        key, value, gqa = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1), False
+    if not windowed:
         out = F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
         )
         return out.transpose(1, 2)
+    assert window is not None
     blocks = []
     for start in range(0, length, window):  # a block of queries sees itself and the block of keys before it
         stop, first = min(start + window, length), max(0, start - window + 1)
@@ -136,11 +142,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, "float | None", "int | N
 
 
 def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
-    """A fused kernel that takes these tensors: half precision, head size at most 256; None: document by document."""
+    """A fused kernel that takes these tensors; None: they are computed document by document.
+
+    FlashAttention needs an Ampere GPU or newer, half precision and a head size of at most 256, a multiple of 8.
+    """
     size = query.shape[-1]
     if query.dtype not in (torch.float16, torch.bfloat16) or size > 256 or size % 8:
         return None
-    if value.shape[-1] != size:
+    if value.shape[-1] != size or torch.cuda.get_device_capability(query.device) < (8, 0):
         return None
     if has_flash_attention():
         return functools.partial(flash_attention, dropout=dropout)

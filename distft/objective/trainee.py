@@ -92,7 +92,7 @@ class Trainee(nn.Module):
     def loss(self, request: LossRequest) -> LossSums:
         batch = request.batch
         inputs = self.inputs(batch.input_ids, batch.position_ids, batch.attention_mask)
-        if batch.cu_seqlens is not None:
+        if batch.cu_seqlens is not None and len(batch.lengths) != 1:  # one document fills its row
             inputs |= packed_arguments(
                 self.config, batch.position_ids, batch.cu_seqlens, batch.max_length, batch.lengths, self.dtype
             )

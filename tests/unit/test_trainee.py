@@ -145,6 +145,24 @@ def test_an_empty_micro_batch_reaches_every_parameter(kind: str) -> None:
         assert not parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("implementation", ["varlen", "eager"])
+def test_an_empty_micro_batch_of_a_model_that_is_never_packed(implementation: str) -> None:
+    """Empty micro-batches are packed rows by form; a model without positions or packing must take them all the same."""
+    from transformers import BloomConfig, MambaConfig
+
+    config: Any = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    if implementation == "varlen":
+        config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    trainee = Trainee(build(config, implementation))
+    answer = trainee(LossRequest(Batch.empty(), scale=0.1, share=0.0))
+    answer.loss.backward()
+    assert answer.loss == 0
+    assert all(parameter.grad is not None for parameter in trainee.parameters())
+    full = trainee(LossRequest(batches()[1], scale=1.0, num_sources=2))
+    total, _ = plain_loss(build(config, implementation))
+    torch.testing.assert_close(full.loss.detach(), total.detach(), rtol=1e-5, atol=0)
+
+
 def mixtral() -> MixtralConfig:
     return MixtralConfig(
         **SIZES, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5
