@@ -105,7 +105,7 @@ def check_folder(folder: Path, run: Run) -> None:
                 f"model.path={folder} holds {pickled[0]}, a pickle that could run any code, and no safetensors. "
                 "Convert it once with transformers' from_pretrained and save_pretrained, then give the new folder."
             )
-        raise UserMistake(f"model.path={folder} holds no {SINGLE_FILE} and no {INDEX_FILE}: it has no safetensors weights.")
+        raise UserMistake(f"model.path={folder} has no safetensors weights: no {SINGLE_FILE} and no {INDEX_FILE}.")
     shard_files(folder)
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         raise UserMistake(f"model.path={folder} holds no tokenizer: save the model's tokenizer into it.")

@@ -204,7 +204,7 @@ def test_each_fault_of_a_folder_has_its_cure(good: Path) -> None:
     (good / "model.safetensors").rename(good / "pytorch_model.bin")
     assert "pytorch_model.bin, a pickle" in complaint()
     (good / "pytorch_model.bin").unlink()
-    assert "it has no safetensors weights" in complaint()
+    assert "has no safetensors weights" in complaint()
     (good / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/base"}))
     assert "model.path=/models/base" in complaint()
     (good / "adapter_config.json").unlink()

@@ -15,6 +15,7 @@ from distft.config.schema import Tuning
 from distft.errors import UserMistake
 from distft.model import tuning
 from distft.model.load import blocks
+from distft.model.plain import quiet
 from distft.weights.store import MemoryWeights, Weights, read_whole
 from tests.unit import folders
 
@@ -48,7 +49,8 @@ def plain_peft(folder: Path, **knobs: Any) -> Any:
         use_dora=chosen.dora,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(folders.plain(folder), config)
+    with quiet():
+        return get_peft_model(folders.plain(folder), config)
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -134,7 +136,7 @@ def test_no_gradient_reaches_the_embeddings(tmp_path: Path) -> None:
     assert blocks(model)[1].self_attn.q_proj.lora_B.default.weight.grad.any()
 
     base, _ = folders.born(tmp_path)
-    base.gradient_checkpointing_enable()
+    blocks(base)[0].gradient_checkpointing = True
     with pytest.raises(AssertionError, match="PEFT comes first"):
         tuning.apply(base, Tuning(method="lora"), weights, 0)
 
