@@ -156,7 +156,7 @@ def control(argv: list[str]) -> int:
         if problems:
             raise Mistakes(problems)
     ended_with = errors.DONE
-    hand_over(composed)
+    hand_over(composed, "train")
     if composed.sweep_dir is not None and not composed.line.shows_only:
         return sweep_verdict(Path(composed.sweep_dir))
     return ended_with
@@ -190,11 +190,14 @@ def in_process(run: Run, run_dir: Path, prepared: bool = False) -> int:
     return work(run, run_dir, None)
 
 
-def hand_over(composed: Composed) -> None:
-    """Let Hydra's own main run: it shows, or calls `job` once or once a job of a sweep."""
-    import hydra
+def hand_over(composed: Composed, verb: str) -> None:
+    """Let Hydra's own main run: it shows, or calls `job` once or once a job of a sweep. The help is our own."""
+    from distft.config.load import conf_dir, help_of
 
-    from distft.config.load import conf_dir
+    if composed.line.flags.help:
+        print(help_of(composed, verb))
+        return
+    import hydra
 
     before = sys.argv
     sys.argv = [before[0], *composed.hydra_argv]
@@ -277,7 +280,7 @@ def data(argv: list[str]) -> int:
     rest.remove(sub)
     composed = compose(rest)
     if composed.line.shows_only:
-        hand_over(composed)
+        hand_over(composed, "train")
         return errors.DONE
     problems = check(composed.run)
     if problems:
@@ -297,7 +300,7 @@ def generate(argv: list[str]) -> int:
         raise UserMistake("distft generate takes one folder: the final/ of a run, or any model's folder.")
     composed = compose([literal(word) for word in argv if word not in folders], verb="generate")
     if composed.line.shows_only:
-        hand_over(composed)
+        hand_over(composed, "generate")
         return errors.DONE
 
     from distft.verbs.generate import main as verb

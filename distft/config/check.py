@@ -154,9 +154,9 @@ def strategy(run: Run) -> Iterator[str]:
     if name not in ZERO:
         yield from ignored(run, ["strategy.deepspeed"], f"with strategy={name} (DeepSpeed runs {', '.join(ZERO)})")
     elif run.strategy.deepspeed:
-        from distft.config import deepspeed
+        from distft.config.deepspeed import problems
 
-        yield from deepspeed.problems(run)
+        yield from problems(run)
     size = run.strategy.shard_size
     if name != "hsdp":
         yield from ignored(run, ["strategy.shard_size"], f"with strategy={name} (only hsdp has shard groups)")

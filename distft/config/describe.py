@@ -19,10 +19,16 @@ FOLDER adds configuration files of your own, and a run folder repeats its run: -
 --hydra-help lists Hydra's flags."""
 
 
-def help_template(verb: str, schema: type) -> str:
-    """The template that Hydra fills with its config groups."""
-    groups = ["Groups (group=choice):", "$APP_CONFIG_GROUPS"] if verb == "train" else []
-    parts = [HEAD[verb], *groups, "Knobs (key=value):"]
+def help_text(verb: str, schema: type, groups: dict[str, list[str]]) -> str:
+    """`groups`: the options of each config group."""
+    parts = [HEAD[verb], ""]
+    if verb == "train":
+        parts += [
+            "Groups (group=choice):",
+            *(f"  {group}={', '.join(options)}" for group, options in sorted(groups.items())),
+            "",
+        ]
+    parts.append("Knobs (key=value):")
     section = None
     for knob in knobs(schema, docs=True):
         prefix = knob.name.rpartition(".")[0]
@@ -42,9 +48,7 @@ def entry(knob: Knob) -> str:
     if len(knob.choices) > 1:
         about = f"[{', '.join(shown(choice) for choice in knob.choices)}] {about}".strip()
     lines = textwrap.wrap(about, width=106) if about else []
-    # `$` is Hydra's in a template, `${` OmegaConf's.
-    text = "\n".join([f"  {knob.name}={shown(knob.default)}", *(f"      {line}" for line in lines)])
-    return text.replace("$", "$$")
+    return "\n".join([f"  {knob.name}={shown(knob.default)}", *(f"      {line}" for line in lines)])
 
 
 def shown(value: Any) -> str:

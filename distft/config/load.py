@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distft.config import command_line
 from distft.config.command_line import CommandLine
-from distft.config.describe import help_template
+from distft.config.describe import help_text
 from distft.config.diagnose import problems_of, value_problem
 from distft.config.foreign import refuse_code
 from distft.config.snapshot import (
@@ -50,7 +50,7 @@ SNAPSHOT = "snapshot"  # name in Hydra's config store of a snapshot whose groups
 class Composed:
     """What a command line says: the run (of a sweep: its first job), the user's overrides, the primary config."""
 
-    run: Any  # Run, or the schema of another verb
+    run: Any  # Run, or the schema of another verb; None where only help or the like is wanted
     overrides: list[str]
     primary: str
     line: CommandLine
@@ -79,15 +79,15 @@ def knobs_of(verb: str) -> dict[str, Knob]:
     return {knob.name: knob for knob in knobs(schema_of(verb))}
 
 
-def register(schema: Any, help: str | None = None) -> None:
-    """Tell Hydra the schema, and to leave nothing behind but a sweep's folders. `help`: the template of `--help`."""
+def register(schema: Any) -> None:
+    """Tell Hydra the schema, and to leave nothing behind but a sweep's folders."""
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     defaults = [
         {"output": "distft"},
         {"launcher": "basic"},
         {"sweeper": "basic"},
-        {"help": "distft"},
+        {"help": "default"},
         {"hydra_help": "default"},
         {"hydra_logging": "none"},
         {"job_logging": "none"},
@@ -95,8 +95,6 @@ def register(schema: Any, help: str | None = None) -> None:
         {"env": "default"},
     ]
     store.store(group="hydra", name="config", node=HydraConf(defaults=defaults, output_subdir=None), provider="distft")
-    template = {"app_name": "distft", "header": "", "footer": "", "template": help or ""}
-    store.store(group="hydra/help", name="distft", node=template, provider="distft")
     folders = {
         "run": {"dir": "."},
         "sweep": {"dir": "multirun/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "${hydra.job.num}"},
@@ -114,6 +112,13 @@ def groups_of(folders: Sequence[Path]) -> dict[str, list[str]]:
             if group != ".":
                 groups.setdefault(group, set()).add(path.stem)
     return {group: sorted(options) for group, options in groups.items()}
+
+
+def help_of(composed: Composed, verb: str) -> str:
+    """The text of `--help`."""
+    line = composed.line
+    groups = groups_of([conf_dir(), *([line.config_dir] if line.config_dir else [])])
+    return help_text(verb, schema_of(verb), groups)
 
 
 def compose(argv: Sequence[str], verb: str = "train") -> Composed:
@@ -136,6 +141,9 @@ def compose(argv: Sequence[str], verb: str = "train") -> Composed:
         command_line.rewritten(*pair, open_names, added) for pair in zip(line.overrides, line.parsed, strict=True)
     ]
     primary = primary_of(line, verb)
+    if line.shows_only and not line.overrides:
+        register(schema_of(verb))
+        return Composed(None, [], line.config_name, line, line.hydra_argv(primary), None)
     jobs = [command_line.first_job(*pair) for pair in zip(line.parsed, line.hydra_overrides, strict=True)]
     first = [text for text in jobs if text is not None]
     if problems:
@@ -193,7 +201,7 @@ def hydra_over(config_dir: Path | None) -> Iterator[Hydra]:
 def composed(line: CommandLine, primary: str, overrides: list[str], verb: str) -> DictConfig:
     """Hydra's composition, with what it refuses put into our words."""
     try:
-        register(schema_of(verb), help_template(verb, schema_of(verb)) if line.flags.help else None)
+        register(schema_of(verb))
         with hydra_over(line.config_dir) as hydra:
             cfg = hydra.compose_config(primary, overrides, RunMode.RUN, from_shell=False)
             to_run(cfg)  # resolves every interpolation, so that a broken one is told here

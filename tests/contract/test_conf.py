@@ -20,6 +20,7 @@ from distft.config.schema import Run
 from distft.config.schema.generate import Generate
 from distft.config.words import knobs
 from distft.errors import UserMistake
+from tests.small_run import SMALL, write_rows
 
 CHOICES = sorted(
     path.relative_to(conf_dir()).with_suffix("").as_posix()
@@ -28,27 +29,6 @@ CHOICES = sorted(
 )
 EXPERIMENTS = [choice.partition("/")[2] for choice in CHOICES if choice.startswith("experiment/")]
 PRIMARIES = sorted(path.stem for path in conf_dir().glob("*.yaml"))
-
-SMALL = [
-    "model=tiny",
-    "model.tiny.hidden_size=32",
-    "model.tiny.num_layers=2",
-    "model.tiny.num_heads=2",
-    "model.tiny.num_kv_heads=1",
-    "model.tiny.intermediate_size=64",
-    "model.tiny.vocab_size=512",
-    "data.sequence_length=128",
-    "batch.global_size=2",
-    "eval.samples=1",
-    "eval.max_new_tokens=4",
-    "log=none",
-]
-
-
-def write_rows(path: Path, count: int = 60) -> Path:
-    rows = [{"id": n, "question": f"What is {n} plus {n % 7}?", "answer": f"It is {n + n % 7}."} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def needs(choice: str, rows: Path) -> list[str]:
