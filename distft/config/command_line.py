@@ -110,6 +110,8 @@ def parse_overrides(overrides: Sequence[str], knob_names: Sequence[str]) -> list
             problems.append(f"`{text}`: `_target_` names Python, which configuration never does. Drop it.")
         elif override.key_or_group == "hydra.searchpath":
             problems.append(f"`{text}`: use --config-dir FOLDER to add a folder of configuration files.")
+        elif override.key_or_group == "hydra.run.dir":
+            problems.append(f"`{text}`: use run.dir=FOLDER for the folder of a run.")
         elif override.package is not None and "hydra" in override.package:
             problems.append(f"`{text}`: a choice may not be placed below `hydra`. Drop `@{override.package}`.")
         parsed.append(override)

@@ -134,6 +134,9 @@ def compose(argv: Sequence[str], verb: str = "train") -> Composed:
     if line.config_dir is not None:
         refuse_code(line.config_dir)
         folders.append(line.config_dir)
+    if line.flags.shell_completion:  # its words are not those of a run
+        register(schema_of(verb))
+        return Composed(None, line.overrides, line.config_name, line, line.hydra_argv(), None)
     groups = groups_of(folders)
     problems = group_problems(line, groups) + sweep_problems(line, names)
     added = set(groups) - {*GROUPS, "experiment"}

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distft import errors
-from distft.config.load import Composed, compose
+from distft.config.load import Composed, compose, hydra_over
 from distft.errors import Stop, UserMistake
 from distft.launch import agree
 from distft.launch.controller import in_sweep, note_job, sweep_verdict
@@ -40,11 +41,13 @@ def jobs_of(composed: Composed) -> list[list[str]]:
     """
     line = composed.line
     for override, text in zip(line.parsed, line.overrides, strict=True):
-        if override.key_or_group in ("hydra/sweeper", "hydra/launcher") and override.value() != "basic":
+        if override.is_hydra_override() and override.key_or_group not in ("hydra.sweep.dir", "hydra.mode"):
             raise UserMistake(
                 f"{text} works only where distft starts the ranks itself: python train.py -m … with launch.ranks=N."
             )
-    given = [override for override in line.parsed if not override.is_hydra_override()]
+    with hydra_over(line.config_dir) as hydra:  # which knows the choices that a glob means
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(line.overrides)
+    given = [override for override in parsed if not override.is_hydra_override()]
     batches = BasicSweeper.split_arguments(given, max_batch_size=None)
     return [list(job) for job in itertools.chain.from_iterable(batches)]
 

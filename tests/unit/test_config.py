@@ -157,6 +157,7 @@ def test_unknown_flags_and_those_that_run_code_are_refused() -> None:
     assert "--config-dir" in problems("--config-path=/tmp")[0]
     assert "_target_" in problems("strategy.deepspeed={_target_: os.system}")[0]
     assert "--config-dir" in problems("hydra.searchpath=[/tmp]")[0]
+    assert "use run.dir" in problems("hydra.run.dir=/tmp")[0]
 
 
 FOREIGN = {

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 
 from distft import errors
-from distft.config.load import read_snapshot
+from distft.config.load import compose, read_snapshot
 from distft.config.schema import Run
 from distft.errors import Stalled, Stop, UserMistake
 from distft.launch import agree
 from distft.launch.folder import make_folder, place_run
 from distft.launch.output import Tee
 from distft.launch.start import Command, Signals, kill_groups, verdict, watch
+from distft.launch.sweep import jobs_of
 from distft.launch.topology import Place, count_gpus, free_port, hosts_of, place_of, slurm_environment, tasks_per_node
 from distft.launch.worker import read_arguments, without_local_rank
 
@@ -231,6 +232,7 @@ BLIND = """
 import sys
 from pathlib import Path
 from distft.launch import agree
+from distft.launch.sweep import jobs_of
 from distft.launch.topology import Place
 place = Place(int(sys.argv[1]), 2, 0, 1)
 agreement = agree.Agreement(place, agree.connect(place, 16), 16)
@@ -311,6 +313,18 @@ def test_the_verdict_over_the_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "its last words" in capsys.readouterr().err
     assert verdict({0: 1, 1: -9}, 1, tmp_path) == errors.BUG
     assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
+
+
+def test_jobs_of_a_sweep_under_a_launcher() -> None:
+    composed = compose(["-m", "strategy=glob(zero3*)", "optim.lr=1,2", "hydra.sweep.dir=/x"])
+    assert jobs_of(composed) == [
+        ["strategy=zero3", "optim.lr=1"],
+        ["strategy=zero3", "optim.lr=2"],
+        ["strategy=zero3_offload", "optim.lr=1"],
+        ["strategy=zero3_offload", "optim.lr=2"],
+    ]
+    with pytest.raises(UserMistake, match="python train.py -m"):
+        jobs_of(compose(["-m", "optim.lr=1,2", "hydra/sweeper=basic"]))
 
 
 def test_a_command_can_be_copied_into_a_shell(tmp_path: Path) -> None:
