@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # Outputs that `selective` keeps: dear to compute again, and the matrix products are what the backward pass starts from.
 KEPT = (
@@ -63,15 +64,26 @@ def checkpointed(
     return with_checkpoint
 
 
-def selective() -> Any:
-    return create_selective_checkpoint_contexts(policy)
+def selective() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    first, again = create_selective_checkpoint_contexts(list(kept_operators()))
+    return OnlyKept(first), OnlyKept(again)
 
 
-def policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    """Keep the outputs of the operators in KEPT."""
-    if operator in kept_operators():
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+class OnlyKept(TorchDispatchMode):
+    """Shows `mode` the kept operators and no others.
+
+    torch wants the second pass to call every operator as often as the first; ZeRO-3's hooks gather parameters in both,
+    but not by the same calls.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function in kept_operators():
+            return self.mode.__torch_dispatch__(function, types, arguments, named)
+        return function(*arguments, **(named or {}))
 
 
 @functools.cache
