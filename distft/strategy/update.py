@@ -85,8 +85,9 @@ class Update:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         self.updates.fill_(value)
-        for state in self.optimizer.state.values():
-            state["step"].fill_(value)
+        for piece in self.pieces:
+            if piece.local.numel() and self.moments(piece):
+                self.optimizer.state[piece.local]["step"].fill_(value)
 
     @torch.no_grad()
     def step(self, lr: float, keep: bool) -> Tensor:
