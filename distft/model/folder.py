@@ -28,7 +28,7 @@ def resolve(run: Run, texts: Callable[[], Iterable[str]]) -> Path:
     if run.model.name == "tiny":
         from distft.model.tiny import build_tiny, cache_folder
 
-        return build_tiny(run.model.tiny, texts, cache_folder(run))
+        return build_tiny(run.model.tiny, texts, cache_folder(run.data))
     if not run.model.path:
         raise UserMistake("model=hf needs model.path=<folder or hub id>.")
     folder = Path(run.model.path).expanduser()

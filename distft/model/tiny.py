@@ -14,7 +14,7 @@ import torch
 import transformers
 import xxhash
 
-from distft.config.schema import Run, TinyShape
+from distft.config.schema import Data, TinyShape
 from distft.errors import UserMistake
 from distft.weights.write import new_folder, write_sharded
 
@@ -45,9 +45,9 @@ CHATML = """\
 """ChatML; what the model says, stop token included, lies between generation markers."""
 
 
-def cache_folder(run: Run) -> Path:
+def cache_folder(data: Data) -> Path:
     """`data.cache_dir`, else $DISTFT_CACHE, else ~/.cache/distft."""
-    return Path(run.data.cache_dir or os.environ.get("DISTFT_CACHE") or "~/.cache/distft").expanduser().absolute()
+    return Path(data.cache_dir or os.environ.get("DISTFT_CACHE") or "~/.cache/distft").expanduser().absolute()
 
 
 def build_tiny(shape: TinyShape, texts: Callable[[], Iterable[str]], cache: Path) -> Path:

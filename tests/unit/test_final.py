@@ -213,6 +213,20 @@ def test_a_zeroed_adapter_of_small_effect_is_noticed(size: float, tmp_path: Path
         trained.check(hashes)
 
 
+def test_bf16_adapters_come_back_and_zeroed_ones_do_not(tmp_path: Path) -> None:
+    """As the engines compute a LoRA run in bf16: frozen bf16 weights, fp32 adapters, autocast."""
+    trained = Trained("llama", tmp_path, LORA)
+    for parameter in trained.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        probe = trained.probe()
+    hashes = trained.save()
+    assert final.check_final(trained.folder, hashes, probe, trained.run, "bf16") < final.NOISE["bf16"]
+    with pytest.raises(NegativeVerdict):
+        final.check_final(trained.folder, rewrite(trained.folder, zero_the_adapters), probe, trained.run, "bf16")
+
+
 def test_another_full_model_is_noticed(tmp_path: Path) -> None:
     trained = Trained("llama", tmp_path, Tuning())
     trained.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,47 @@ def test_each_fault_of_a_folder_has_its_cure(good: Path) -> None:
     (good / "adapter_config.json").unlink()
     (good / "config.json").unlink()
     assert "holds no config.json" in complaint()
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+
+class LoudConfig(LlamaConfig):
+    model_type = "loud"
+
+class LoudForCausalLM(LlamaForCausalLM):
+    config_class = LoudConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("volume", torch.linspace(1, 2, config.vocab_size), persistent=False)
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.volume
+        return out
+"""
+
+
+def test_code_of_the_folder_runs_only_when_trusted(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(good.parent / "modules"))
+    monkeypatch.setattr("sys.path", [str(good.parent / "modules"), *sys.path])
+    (good / "loud.py").write_text(CODE)
+    config = json.loads((good / "config.json").read_text())
+    classes = {"AutoConfig": "loud.LoudConfig", "AutoModelForCausalLM": "loud.LoudForCausalLM"}
+    config |= {"model_type": "loud", "architectures": ["LoudForCausalLM"], "auto_map": classes}
+    (good / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserMistake, match=r"set model\.trust_remote_code=true"):
+        resolve(run_of(good), no_texts)
+    run = run_of(good, trust_remote_code=True)
+    assert resolve(run, no_texts) == good
+    model = folders.fill(*folders.born(good, run))
+    assert type(model).__name__ == "LoudForCausalLM"
+    assert torch.equal(model.volume, torch.linspace(1, 2, folders.VOCAB))
+    assert torch.equal(folders.logits(model), folders.logits(folders.make_model("llama")) * model.volume)
 
 
 def test_a_mistyped_path_names_the_nearest_folder(good: Path) -> None:
