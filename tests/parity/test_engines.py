@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +19,9 @@ from distft.errors import UserMistake
 from distft.strategy import make_strategy
 from distft.weights.store import MemoryWeights
 from distft.world import World
-from tests.parity.engine import Case, prepared, run_of, train
-from tests.parity.reference import Recipe, base_weights
+from tests.parity.engine import Case, prepared, run_case, run_of, train
+from tests.parity.reference import Outcome, Recipe, base_weights, reference
+from tests.parity.test_parity import BOUND, differences
 from tests.pool import Pool
 
 RECIPE = Recipe(optimizer="adamw", lr=0.01, clip=1.0)
@@ -37,7 +38,7 @@ def local_values(world: World, case: Case) -> dict[str, Tensor]:
     held = {}
     for name, parameter in strategy.trainee.named_parameters():
         value = parameter.detach()
-        held[name] = (value.to_local() if hasattr(value, "to_local") else value).clone()  # type: ignore[attr-defined]
+        held[name] = (value.to_local() if hasattr(value, "to_local") else value).clone()
     return held
 
 
@@ -82,7 +83,7 @@ def reductions(world: World, case: Case) -> int:
     strategy = prepared(world, case)
     train(strategy, world, case, 0)
     with counted(REDUCTIONS) as calls:
-        train(strategy, world, replace(case), 2)
+        train(strategy, world, case, 2)
     return sum(calls.values()) - 1  # one is the test's own: the loss over all ranks
 
 
@@ -94,6 +95,26 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(
     four = pool(2).run(reductions, Case(strategy, 4, RECIPE))
     assert once == four
     assert once[0] == {"ddp": 1, "fsdp": 3}[strategy]  # one bucket; two blocks and the rest
+
+
+def many_buckets(world: World, case: Case) -> tuple[int, Outcome]:
+    """A case under DDP with buckets of 2 KB, which it lays out anew behind the first step."""
+    from distft.strategy import ddp
+
+    original: Any = ddp.DistributedDataParallel
+    ddp.DistributedDataParallel = partial(original, bucket_cap_mb=0.002)  # type: ignore[assignment,misc]
+    try:
+        return reductions(world, case), run_case(world, case)
+    finally:
+        ddp.DistributedDataParallel = original  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(tied=True), Recipe(tuning="lora", optimizer="adamw", lr=0.01)])
+def test_many_buckets_give_the_same_sums(pool: Callable[[int], Pool], recipe: Recipe) -> None:
+    num_reductions, outcome = pool(2).run(many_buckets, Case("ddp", 4, recipe))[0]
+    assert num_reductions > 1
+    found = differences(outcome, reference(recipe), recipe)
+    assert max(found.values()) < BOUND, found
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -122,7 +143,7 @@ def values_read(world: World, case: Case) -> Counter[str]:
 def test_a_rank_reads_no_more_than_it_holds(
     pool: Callable[[int], Pool], strategy: str, num_ranks: int, copies: int
 ) -> None:
-    read = sum(pool(num_ranks).run(values_read, Case(strategy)), Counter())
+    read: Counter[str] = sum(pool(num_ranks).run(values_read, Case(strategy)), Counter())
     assert read == {name: copies * weight.numel() for name, weight in base_weights(False).items()}
 
 
