@@ -132,7 +132,9 @@ class Fit:
                 return "early_stopped"
             if agreement.ask(self.stop_requested()) and state.step < self.num_steps:
                 self.checkpoint()
-                raise SignalStop(f"Stopped by a signal after step {state.step}; the checkpoint of this step is complete.")
+                raise SignalStop(
+                    f"Stopped by a signal after step {state.step}; the checkpoint of this step is complete."
+                )
 
         return "done"
 
@@ -182,12 +184,14 @@ class Fit:
         state.skipped += 1
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row >= self.config.guard.patience:
-            rows = [f"{self.source_names[source]}:{row}" for batch in step.micro_batches for source, row in batch.documents]
+            rows = [
+                f"{self.source_names[source]}:{row}" for batch in step.micro_batches for source, row in batch.documents
+            ]
             raise GuardStop(
                 f"The loss or the gradient norm was not finite in {state.skipped_in_a_row} steps in a row, the last of "
-                f"them step {step.index + 1}; none of them changed a weight. Rows of rank {self.world.rank} in that step: "
-                f"{', '.join(rows[:8])}{', …' if len(rows) > 8 else ''}. Lower optim.lr, lengthen schedule.warmup or look "
-                "at these rows with `distft data show`; guard.patience sets how many steps are allowed."
+                f"them step {step.index + 1}; none of them changed a weight. Rows of rank {self.world.rank} in that "
+                f"step: {', '.join(rows[:8])}{', …' if len(rows) > 8 else ''}. Lower optim.lr, lengthen "
+                "schedule.warmup or look at the rows with `distft data show`; guard.patience sets how many are allowed."
             )
 
     def record(self, step: Step, norm: Tensor, nll: Tensor) -> None:
@@ -227,8 +231,10 @@ class Fit:
         self.interval.started += time.perf_counter() - started
         key = self.config.checkpoint.best.removeprefix("eval/")
         if key not in record:
-            raise UserMistake(f"checkpoint.best={self.config.checkpoint.best} is not measured; this run has: "
-                              + ", ".join(f"eval/{name}" for name in record))
+            raise UserMistake(
+                f"checkpoint.best={self.config.checkpoint.best} is not measured; this run has: "
+                + ", ".join(f"eval/{name}" for name in record)
+            )
         state.last_evaluation = record
         if state.step == 0:
             state.first_evaluation = record

@@ -65,6 +65,10 @@ def join(store: Store | None = None, timeout: float = 600.0) -> World:
             timeout=datetime.timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take every core slow each other down many times over.
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     torch.set_float32_matmul_precision("highest")
     return World(rank, size, local_rank, rank, size, device)
 

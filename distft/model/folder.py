@@ -11,7 +11,7 @@ from typing import Any
 
 from distft.config.schema import Run
 from distft.errors import UserMistake
-from distft.weights.store import INDEX_FILE, SINGLE_FILE, shard_files
+from distft.weights.store import INDEX_FILE, SINGLE_FILE, FolderWeights, num_elements, shard_files
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
@@ -156,3 +156,9 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     if not tokenizer.is_fast:
         raise UserMistake(f"{folder} has only a slow tokenizer, but a fast one (tokenizer.json) is needed: convert it.")
     return tokenizer
+
+
+def num_parameters(folder: Path) -> int:
+    """Elements of all stored weights, from the files' headers."""
+    weights = FolderWeights(folder, shard_files(folder)[0])
+    return sum(num_elements(weights.shape(name)) for name in weights.names())

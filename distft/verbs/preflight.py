@@ -84,24 +84,29 @@ def check_positions(run: Run, model_folder: Path) -> None:
 
 def check_disk(run: Run, model_folder: Path, run_dir: Path, num_steps: int) -> None:
     """Room for the checkpoints that will lie side by side, one being written, and the final folder."""
+    from distft.model.folder import num_parameters
+
     weights = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
-    # A checkpoint holds fp32 master and two moments. Adapters are small beside the base: a tenth is more than they take.
-    checkpoint = 3 * 2 * weights if run.tuning.method == "full" else weights // 10
-    num_checkpoints = 1 + (min(run.checkpoint.keep + 1, num_steps // run.checkpoint.every) if run.checkpoint.every else 0)
-    needed = checkpoint * num_checkpoints + (weights if run.tuning.method == "full" else 0)
+    full = run.tuning.method == "full"
+    # The fp32 master and AdamW's two moments. Adapters: a tenth of the base is more than they and their moments take.
+    copies = 3 if run.optim.name == "adamw" else 1
+    checkpoint = 4 * copies * num_parameters(model_folder) if full else weights // 10
+    beside = min(run.checkpoint.keep + 1, num_steps // run.checkpoint.every) if run.checkpoint.every else 0
+    needed = checkpoint * (1 + beside) + (weights if full else 0)
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         raise UserMistake(
-            f"The run may write {needed / 1e9:.1f} GB (up to {num_checkpoints} checkpoints of {checkpoint / 1e9:.1f} GB), "
-            f"but {run_dir} has {free / 1e9:.1f} GB free. Set run.dir to a larger disk, or lower checkpoint.keep."
+            f"The run may write {needed / 1e9:.1f} GB ({1 + beside} checkpoints of {checkpoint / 1e9:.1f} GB at a time), but "
+            f"{run_dir} has {free / 1e9:.1f} GB free. Set run.dir to a larger disk, or lower checkpoint.keep."
         )
 
 
 def describe(train: list[EncodedSource], held_out: list[EncodedSource], num_steps: int, run: Run, packed: bool) -> str:
     rows, tokens = sum(len(s.lengths) for s in train), sum(int(s.lengths.sum()) for s in train)
     supervised = sum(int(s.supervised.sum()) for s in train)
+    layout = "packed" if packed else "one document a row"
     return (
         f"{rows:,} rows, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised; "
-        f"{sum(len(s.lengths) for s in held_out):,} rows held out; {num_steps:,} steps of {run.batch.global_size} bins of "
-        f"{run.data.sequence_length}, {'packed' if packed else 'one document a row'}"
+        f"{sum(len(s.lengths) for s in held_out):,} rows held out; "
+        f"{num_steps:,} steps of {run.batch.global_size} bins of {run.data.sequence_length}, {layout}"
     )

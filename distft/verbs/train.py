@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from distft.config.load import config_hash
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, Stop, UserMistake
 from distft.prepared import Prepared
+from distft.result import summary_of, tell_the_end, write_result
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from distft.perf import Cost
     from distft.strategy.base import Strategy
     from distft.world import World
-
-RESULT = "result.json"
 
 
 class SignalFlag:
@@ -175,10 +172,9 @@ class Job:
 
         for note in self.notes:
             log.say(note)
-        log.say(
-            f"{self.run.strategy.name} on {self.world.size} rank{'s' if self.world.size > 1 else ''}, {self.precision}, "
-            f"{self.num_trained:,} trained parameters; {self.run_dir}"
-        )
+        ranks = f"{self.world.size} rank{'s' if self.world.size > 1 else ''}"
+        engine = f"{self.run.strategy.name} on {ranks}, {self.precision}"
+        log.say(f"{engine}, {self.num_trained:,} trained parameters; {self.run_dir}")
         if state.step:
             log.say(f"Going on after step {state.step} of {self.num_steps}")
         peak = peak_flops(self.world.device, self.precision)
@@ -203,10 +199,12 @@ class Job:
             status = fit.run()
             samples = self.finish(status, state, log)
         except Stop as stop:
-            self.write_result(stop.status, state)
+            if self.world.is_main:
+                write_result(self.run_dir, stop.status, state, None, self.data.hash)
             log.finish(stop.status, summary_of(state))
             raise
-        self.write_result(status, state, final=self.run_dir / "final")
+        if self.world.is_main:
+            write_result(self.run_dir, status, state, self.run_dir / "final", self.data.hash)
         log.finish(status, summary_of(state))
         if self.world.is_main:
             tell_the_end(self.run, self.run_dir, state, samples)
@@ -225,8 +223,8 @@ class Job:
         """Write `final/` and compare it with what was trained, then sample answers. Collective."""
         from distft.checkpoint.layout import step_folder
         from distft.checkpoint.state import load
-        from distft.data.template import stop_ids
         from distft.evaluation.samples import sample_answers, take_probe
+        from distft.model.decode import stop_ids
         from distft.model.final import check_final, save_final
         from distft.model.folder import read_tokenizer
 
@@ -254,7 +252,7 @@ class Job:
             strategy,
             self.data.eval,
             tokenizer,
-            sorted(stop_ids(tokenizer)),
+            stop_ids(tokenizer, Path(self.prepared.model_folder)),
             run.eval.samples,
             run.eval.max_new_tokens,
             run.data.sequence_length,
@@ -262,26 +260,6 @@ class Job:
         )
         log.samples(state.step, samples)
         return samples
-
-    def write_result(self, status: str, state: TrainState, final: Path | None = None) -> None:
-        """`result.json`, written at once or not at all."""
-        if not self.world.is_main:
-            return
-        result = {
-            "status": status,
-            "steps": state.step,
-            "metrics": summary_of(state),
-            "final": str(final) if final else None,
-            "sources": {
-                name: {"tokens": tokens, "supervised_tokens": state.source_supervised[name]}
-                for name, tokens in state.source_tokens.items()
-            },
-            "config_hash": state.config_hash,
-            "data_hash": self.prepared.data_hash,
-        }
-        staged = self.run_dir / f"{RESULT}.tmp"
-        staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        staged.replace(self.run_dir / RESULT)
 
 
 class Verdict:
@@ -293,7 +271,9 @@ class Verdict:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if isinstance(error, OSError):
             error = UserMistake(f"run.dir: the final folder could not be written: {error}. Free space, then resume.")
         if isinstance(error, Stop):
@@ -320,48 +300,10 @@ def settled_precision(run: Run, world: World) -> str:
 
 def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:
     """A resumed run must see the same bins in the same order."""
-    changed = [f"{knob} was {saved[knob]}, is {now[knob]}" for knob in now if saved.get(knob) != now[knob] and knob not in allowed]
+    differing = [knob for knob in now if saved.get(knob) != now[knob] and knob not in allowed]
+    changed = [f"{knob} was {saved.get(knob)}, is {now[knob]}" for knob in differing]
     if changed:
         raise UserMistake(
             f"resume: the checkpoint belongs to another run: {'; '.join(changed)}. Set the knob back, start anew with "
-            f"resume=never and another run.dir, or accept the change with resume_allow=[{changed[0].split()[0]}]."
+            f"resume=never and another run.dir, or accept the change with resume_allow=[{','.join(differing)}]."
         )
-
-
-def summary_of(state: TrainState) -> dict[str, Any]:
-    """`best`: the best value of checkpoint.best; evaluation before training and at the end."""
-    return {
-        "best": state.best,
-        "best_step": state.best_step,
-        "first": state.first_evaluation,
-        "last": state.last_evaluation,
-        "skipped": state.skipped,
-    }
-
-
-def tell_the_end(run: Run, run_dir: Path, state: TrainState, samples: Sequence[dict[str, str]]) -> None:
-    """The last lines: what changed, one answer, where the model lies, what to type next."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    first, last = state.first_evaluation, state.last_evaluation
-    console.print()
-    if first and last:
-        console.print(f"Evaluation loss {first['loss']:.4f} -> {last['loss']:.4f} after {state.step} steps")
-    elif last:
-        console.print(f"Evaluation loss {last['loss']:.4f} after {state.step} steps")
-    if samples:
-        sample = samples[0]
-        console.print(Text(f"Asked     {one_line(sample['prompt'])}"))
-        console.print(Text(f"Answered  {one_line(sample['answer'])}"))
-        console.print(Text(f"Reference {one_line(sample['reference'])}"))
-    console.print(f"The model lies in {run_dir / 'final'}")
-    console.print(f'Ask it:   distft generate {shlex.quote(str(run_dir / "final"))} prompt="…"')
-    if run.data.format == "python_docs":
-        console.print("Yours:    deepspeed train.py model=hf model.path=<folder or hub id> data=jsonl data.path=<rows.jsonl> tuning=lora")
-
-
-def one_line(text: str, length: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
