@@ -23,7 +23,7 @@ def train(folder: Path, *overrides: str) -> dict[str, list[float]]:
         sys.executable, str(HERE.parents[1] / "train.py"), "data=jsonl", f"data.path={HERE / 'rows.jsonl'}",
         "data.sequence_length=256", "data.eval_fraction=0.1", "model.tiny.hidden_size=64", "model.tiny.num_layers=2",
         "model.tiny.intermediate_size=128", "model.tiny.vocab_size=512", "batch.global_size=4", "batch.micro_size=2",
-        "strategy=ddp", "precision=fp32", "epochs=100", "schedule=constant", "schedule.warmup=0", "optim.lr=2e-3",
+        "strategy=ddp", "precision=fp32", "schedule=constant", "schedule.warmup=0", "optim.lr=2e-3",
         "log=none", "log.every=1", "eval.every=25", "eval.samples=0", f"run.dir={folder}/run",
         f"data.cache_dir={folder}/cache", *overrides,
     ]  # fmt: skip
