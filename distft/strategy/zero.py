@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,13 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # no guessing, no word about it
 import deepspeed
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from deepspeed.utils import set_z3_leaf_module
 
 from distft.config.schema import Run
-from distft.errors import UserMistake
 from distft.model.load import finish_buffers
 from distft.objective.trainee import LossSums
 from distft.strategy.base import Shard
 from distft.strategy.birth import has_separate_experts, persistent_buffers
+from distft.strategy.zero_partition import Partition, allocate, full_shape, keep_experts_together, own_range
 from distft.strategy.zero_settings import STAGES, settings
 from distft.world import World
 
@@ -53,7 +53,7 @@ class Zero:
         self.run, self.world, self.precision = run, world, precision
         self.stage = STAGES[run.strategy.name]
         self._num_updates = 0
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the run's own lines should be read
+        silence()
 
     # --- birth -------------------------------------------------------------------------------------------------------
 
@@ -74,11 +74,10 @@ class Zero:
         model = trainee.model
         mixed = any(not parameter.requires_grad for parameter in model.parameters())
         self.autocast = self.precision == "bf16" and mixed
-        self.deepspeed_bf16 = self.precision == "bf16" and not mixed
         if has_separate_experts(name for name, parameter in model.named_parameters() if parameter.requires_grad):
-            keep_experts_together(model, self.run.strategy.name)
+            keep_experts_together(model, self.stage)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        config = settings(self.run, self.world, self.deepspeed_bf16, num_trained)
+        config = settings(self.run, self.world, self.precision == "bf16" and not mixed, num_trained)
         self.saves_linear = bool(config["zero_optimization"].get("memory_efficient_linear", True)) and self.stage == 3
 
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # DeepSpeed reads it, also in a world of one
@@ -272,64 +271,11 @@ class Envelope(nn.Module):
         return dict(vars(answer)) if isinstance(answer, LossSums) else answer
 
 
-class Partition:
-    """Cuts one parameter after another into the ranks' partitions, so that a whole model never exists anywhere."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        # The context is not entered: it would patch every module class and cast every tensor made inside.
-        self.init = deepspeed.zero.Init(config_dict_or_path=config)
-
-    def __call__(self, parameter: Any) -> None:
-        self.init._convert_to_deepspeed_param(parameter)
-        parameter.partition()
-        parameter.ds_tensor.zero_()
-
-
-def allocate(model: nn.Module, device: torch.device, dtype_of: Any, partition: Partition | None) -> None:
-    """Give every parameter and buffer of a model born on meta its memory; ties stay ties."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in made:
-                empty = torch.empty(parameter.shape, dtype=dtype_of(parameter), device=device)
-                made[parameter] = fresh = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                if partition is not None:
-                    partition(fresh)
-            module._parameters[key] = made[parameter]
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-
-
-def keep_experts_together(model: nn.Module, strategy: str) -> None:
-    """Experts that are modules of their own see no token on some ranks, and then the ranks' reductions do not match.
-
-    ZeRO-3 can gather and reduce the module around them as one leaf.
-
-    Raises:
-        UserMistake: ZeRO-1 and -2 cannot.
-    """
-    if STAGES[strategy] < 3:
-        raise UserMistake(
-            f"strategy={strategy}: the experts of this model are modules of their own, and some may see no token on a "
-            "rank, for which DeepSpeed's ZeRO-1 and -2 have no remedy. Use strategy=zero3, fsdp or ddp."
-        )
-    for module in model.modules():
-        if isinstance(getattr(module, "experts", None), nn.ModuleList):
-            set_z3_leaf_module(module, True)
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def own_range(parameter: Any, world: World) -> tuple[int, int]:
-    """This rank's (start, length) of a parameter that ZeRO-3 partitioned, without the padding of the last ranks."""
-    size = parameter.ds_tensor.ds_numel
-    start = min(world.rank * size, parameter.ds_numel)
-    return start, min(size, parameter.ds_numel - start)
+def silence() -> None:
+    """The run's own lines should be read, not DeepSpeed's, nor torch's about the names DeepSpeed calls."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f".*{name}.* is deprecated", FutureWarning)
 
 
 def has_moments(group: dict[str, Any]) -> bool:
