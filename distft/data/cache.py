@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +51,36 @@ def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
     return whole.hexdigest()
 
 
+# Arrays pass between Arrow and NumPy as buffers: pyarrow's own conversions import pandas, half a second a process.
+
+
+def numbers(array: pa.Array, dtype: type[np.generic]) -> np.ndarray:
+    """A view of an Arrow array of numbers without nulls."""
+    item = np.dtype(dtype).itemsize
+    return (
+        np.frombuffer(array.buffers()[1], dtype, count=len(array), offset=array.offset * item)
+        if len(array)
+        else np.zeros(0, dtype)
+    )
+
+
+def number_column(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def list_column(parts: Sequence[np.ndarray]) -> pa.ListArray:
+    """A column of lists of int32."""
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    return pa.ListArray.from_arrays(number_column(offsets), number_column(values.astype(np.int32)))
+
+
+def text_column(values: Sequence[str]) -> pa.StringArray:
+    encoded = [value.encode() for value in values]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
+
+
 class TokenFile:
     """Rows of one Arrow file. Rows are read where they are asked for; memory holds the file's index alone."""
 
@@ -60,9 +90,9 @@ class TokenFile:
         for index in range(self.reader.num_record_batches):
             batch = self.reader.get_batch(index)
             counts.append(batch.num_rows)
-            lengths.append(np.diff(batch.column("ids").offsets.to_numpy()))
-            supervised.append(batch.column("supervised").to_numpy())
-            hashes.append(batch.column("hash").to_numpy())
+            lengths.append(np.diff(numbers(batch.column("ids").offsets, np.int32)))
+            supervised.append(numbers(batch.column("supervised"), np.int32))
+            hashes.append(numbers(batch.column("hash"), np.uint64))
         self.starts = np.cumsum(counts)
         self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
         self.supervised = np.concatenate(supervised) if lengths else np.zeros(0, np.int32)
@@ -80,7 +110,7 @@ class TokenFile:
             columns = self.reader.get_batch(batch)
             ids, spans = columns.column("ids"), columns.column("spans")
             self.open_batches[batch] = tuple(
-                part.to_numpy() for column in (ids, spans) for part in (column.offsets, column.values)
+                numbers(part, np.int32) for column in (ids, spans) for part in (column.offsets, column.values)
             )
         id_offsets, ids, span_offsets, spans = self.open_batches[batch]
         return (

@@ -36,10 +36,14 @@ from distft.data.cache import (
     digest,
     digest_of_files,
     fault_of,
+    list_column,
     new_folder,
+    number_column,
+    numbers,
     open_prepared,
     read_key,
     reason_for_miss,
+    text_column,
 )
 from distft.data.encoder import Encoder, MakeEncoder, Result
 from distft.data.formats import Block
@@ -207,7 +211,7 @@ class Tally:
         self.excluded += block.excluded
         self.documents += block.batch.num_rows
         self.tokens += len(block.batch.column("ids").values)
-        self.supervised += sum(block.batch.column("supervised").to_pylist())
+        self.supervised += int(numbers(block.batch.column("supervised"), np.int32).sum())
         self.notes += block.notes
         for bad in block.bad:
             self.rejected[bad.reason] += 1
@@ -251,7 +255,8 @@ def tokenise(spec: SourceSpec, encoder: Encoder, folder: Path, workers: Any) -> 
             f"{next(iter(spec.excluded))!r}, those of the rows like {example!r}. Name the rows' id column by "
             f"{spec.knob}columns.id, or drop the knob."
         )
-    return dataclasses.asdict(tally)
+    # Not dataclasses.asdict: before Python 3.12 it turns a Counter into one that counts pairs.
+    return {**vars(tally), "notes": dict(tally.notes), "rejected": dict(tally.rejected)}
 
 
 def write_batches(writer: pa.RecordBatchFileWriter, waiting: list[pa.RecordBatch]) -> None:
@@ -365,19 +370,13 @@ def record_batch(good: list[Row], documents: list[Document], results: list[Resul
     return pa.record_batch(
         [
             list_column([part.ids for part in encoded]),
-            list_column([part.spans.reshape(-1) for part in encoded]),
-            pa.array([part.supervised for part in encoded], pa.int32()),
-            pa.array(hashes, pa.uint64()),
-            pa.array(ids, pa.string()),
+            list_column([np.asarray(part.spans, dtype=np.int32).reshape(-1) for part in encoded]),
+            number_column(np.asarray([part.supervised for part in encoded], dtype=np.int32)),
+            number_column(np.asarray(hashes, dtype=np.uint64)),
+            text_column(ids),
         ],
         schema=SCHEMA,
     )
-
-
-def list_column(parts: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-    values = np.concatenate(parts) if parts else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32)))
 
 
 # --- rejected rows ----------------------------------------------------------------------------------------------------

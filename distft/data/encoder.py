@@ -30,12 +30,12 @@ class Encoded:
     """One document as the model sees it. The first token is never a target, whatever the spans say."""
 
     ids: np.ndarray  # [length] int32
-    spans: np.ndarray  # [spans, 2] int32: first trained token, first one after it
+    spans: Sequence[Span]  # first trained token, first one after it; in order, apart from each other
 
     @property
     def supervised(self) -> int:
         """Targets: trained tokens but the first of the document."""
-        return int((self.spans[:, 1] - np.maximum(self.spans[:, 0], 1)).clip(0).sum()) if len(self.spans) else 0
+        return sum(max(0, end - max(start, 1)) for start, end in self.spans)
 
     @property
     def trained(self) -> np.ndarray:
@@ -189,12 +189,14 @@ def cut_to_length(document: Encoded, length: int, too_long: str) -> tuple[list[E
 
 
 def _slice(document: Encoded, start: int, end: int) -> Encoded:
-    spans = document.spans.clip(start, end) - start
-    return Encoded(document.ids[start:end], spans[spans[:, 0] < spans[:, 1]])
+    cut = [(max(first, start) - start, min(last, end) - start) for first, last in document.spans]
+    return Encoded(document.ids[start:end], [span for span in cut if span[0] < span[1]])
 
 
 def fit(documents: Sequence[Encoded], length: int, too_long: str) -> Result:
     """The result of one row whose documents are encoded in full."""
+    if len(documents) == 1 and len(documents[0].ids) <= length and documents[0].supervised:
+        return Result(list(documents))
     kept: list[Encoded] = []
     notes = set()
     try:

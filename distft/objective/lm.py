@@ -69,8 +69,7 @@ class LmEncoder:
     def _result(self, ids: list[int]) -> Result:
         if not ids or ids[-1] != self.eos_id:
             ids = [*ids, self.eos_id]
-        spans = np.asarray([[0, len(ids)]], dtype=np.int32)
-        return fit([Encoded(np.asarray(ids, dtype=np.int32), spans)], self.sequence_length, self.too_long)
+        return fit([Encoded(np.asarray(ids, dtype=np.int32), [(0, len(ids))])], self.sequence_length, self.too_long)
 
 
 def make_encoder(run: Run, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LmEncoder:

@@ -89,9 +89,9 @@ class SftEncoder:
                 return Result([], fault)
             if self.train_on == "all":
                 trained = [(0, len(ids))]
-            encoded.append(Encoded(ids, np.asarray(trained, dtype=np.int32).reshape(-1, 2)))
+            encoded.append(Encoded(ids, trained))
         result = fit(encoded, self.sequence_length, self.too_long)
-        return Result(result.documents, result.unfit, tuple(sorted({*notes, *result.notes})))
+        return Result(result.documents, result.unfit, tuple(sorted({*notes, *result.notes}))) if notes else result
 
     def end_with_stop(self, ids: np.ndarray, span: Span, text: Rendered, chars: Span) -> Span:
         """The span up to and with its stop token: white space after it is the template's, not the model's.
