@@ -123,7 +123,8 @@ class Trainee(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """In which the model computes: autocast's dtype if that is on, else its embeddings'."""
-        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        # not `.weight`: ZeRO-3 would gather it on the ranks that ask, and those with one document do not ask
+        weight: Tensor = next(self.model.get_input_embeddings().parameters())  # type: ignore[operator]
         device = weight.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -20,7 +20,8 @@ from distft.strategy import make_strategy
 from distft.strategy.base import Strategy
 from distft.weights.store import MemoryWeights, Weights
 from distft.world import World, sum_over
-from tests.parity.engine import NUM_SOURCES, Case, prepared, rows, run_of, train
+from tests.parity import engine
+from tests.parity.engine import NUM_SOURCES, Case, packed, prepared, rows, run_of, train
 from tests.parity.reference import Recipe, base_weights, config, documents
 from tests.pool import Pool
 
@@ -98,22 +99,25 @@ def test_each_rank_reads_what_it_owns(pool: Callable[[int], Pool], strategy: str
         assert rank["linear is plain"]
 
 
-def small_stay_gathered(world: World, case: Case, threshold: int) -> tuple[int, float]:
-    """Number of parameters that are partitioned between passes, and a loss."""
-    from tests.parity import engine
-
+def with_threshold(threshold: int, function: Callable[..., Any], world: World, case: Case) -> Any:
+    """`function` under ZeRO-3 that keeps parameters below `threshold` values gathered (DeepSpeed's own: 100,000)."""
     plain = engine.run_of
 
-    def with_threshold(case: Case) -> Any:
+    def run_of_case(case: Case) -> Any:
         run = plain(case)
         run.strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": threshold}}
         return run
 
-    engine.run_of = with_threshold
+    engine.run_of = run_of_case
     try:
-        strategy = prepared(world, case)
+        return function(world, case)
     finally:
         engine.run_of = plain
+
+
+def small_stay_gathered(world: World, case: Case, threshold: int) -> tuple[int, float]:
+    """Number of parameters that are partitioned between passes, and a loss."""
+    strategy = with_threshold(threshold, prepared, world, case)
     train(strategy, world, case, 0)
     strategy.refresh()
     partitioned = sum(parameter.numel() == 0 for parameter in strategy.trainee.parameters())
@@ -167,6 +171,31 @@ def test_logits_between_steps(pool: Callable[[int], Pool], strategy: str) -> Non
     expected = pool(1).run(logits_of, Case("ddp", 2, recipe))[0]
     for found in pool(2).run(logits_of, Case(strategy, 2, recipe)):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def uneven_rows(world: World, case: Case) -> list[float]:
+    """Losses where the first rank packs several documents in a row and the others have a single one."""
+    strategy = prepared(world, case)
+    losses = []
+    for index in range(3):
+        group = documents()[index % 2 * 2]
+        mine = group[:4] if world.rank == 0 else group[3 + world.rank : 4 + world.rank]
+        answer = strategy.forward(LossRequest(packed(mine), 0.05, 0.0, NUM_SOURCES))
+        assert isinstance(answer, LossSums)
+        strategy.backward(answer.loss, last=True)
+        strategy.step(case.recipe.lr)
+        losses.append(float(sum_over(world, answer.nll.clone()).sum()))
+    return losses
+
+
+def uneven_rows_partitioned(world: World, case: Case) -> list[float]:
+    return with_threshold(0, uneven_rows, world, case)
+
+
+def test_ranks_with_unlike_rows_gather_alike(pool: Callable[[int], Pool]) -> None:
+    expected = pool(2).run(uneven_rows, Case("ddp", layout="packed"))[0]
+    found = pool(2).run(uneven_rows_partitioned, Case("zero3", layout="packed"))[0]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
