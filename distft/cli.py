@@ -32,6 +32,7 @@ distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistak
 """
 
 typed = list(sys.argv)  # before Hydra is given another
+swept: set[str] = set()  # knobs that a sweep gives several values
 ended_with = errors.DONE  # of the last job that Hydra ran in this process
 
 
@@ -156,6 +157,7 @@ def control(argv: list[str]) -> int:
         if problems:
             raise Mistakes(problems)
     ended_with = errors.DONE
+    swept.update(override.key_or_group for override in composed.line.parsed if override.is_sweep_override())
     hand_over(composed, "train")
     if composed.sweep_dir is not None and not composed.line.shows_only:
         return sweep_verdict(Path(composed.sweep_dir))
@@ -221,7 +223,8 @@ def job(cfg: Any) -> float | None:
     folder = Path(hydra_config.runtime.output_dir) if sweeps else None
     overrides = list(hydra_config.overrides.task)
     if sweeps:
-        print(f"distft: job {hydra_config.job.num}: {' '.join(overrides)}", flush=True)
+        chosen = [word for word in overrides if word.partition("=")[0].lstrip("+") in swept] or overrides
+        print(f"distft: job {hydra_config.job.num}: {' '.join(chosen)}", flush=True)
     try:
         ended_with = start_run(to_run(cfg), command_of(), in_process, folder)
     except Stop as stop:

@@ -132,7 +132,9 @@ def sweep_verdict(sweep_dir: Path) -> int:
     path = sweep_dir / JOBS
     jobs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     jobs.sort(key=lambda job: job["job"])
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     for job in jobs:
+        job["overrides"] = [word for word in job["overrides"] if word not in shared]
         value = "" if job["objective"] is None else f"  {job['objective']:.6g}"
         state = "done" if job["exit_code"] == 0 else f"exit code {job['exit_code']}"
         print(f"{job['folder']}  {' '.join(job['overrides'])}  {state}{value}")

@@ -65,10 +65,12 @@ def run_sweep(argv: Sequence[str], place: Place) -> int:
     signals = Signals()
     flags = [f"--config-name={composed.primary}"]
     flags += [f"--config-dir={composed.line.config_dir}"] if composed.line.config_dir else []
+    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     with signals.caught():
         for number, overrides in enumerate(jobs):
             if place.is_main:
-                print(f"distft: job {number} of {len(jobs)}: {shlex.join(overrides)}", flush=True)
+                chosen = shlex.join(word for word in overrides if word not in shared)
+                print(f"distft: job {number} of {len(jobs)}: {chosen}", flush=True)
             code = run_job(number, [*flags, *overrides], folder, place, store, signals)
             if place.is_main:
                 note_job(folder, number, overrides, folder / str(number), code)

@@ -56,6 +56,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def broken(shop: Path) -> Path:
+    """Rows that no run can read."""
+    path = shop / "broken.jsonl"
+    path.write_text("{\n" * 20)
+    return path
+
+
 def environment(shop: Path) -> dict[str, str]:
     kept = {
         name: value
@@ -72,10 +80,9 @@ def environment(shop: Path) -> dict[str, str]:
 
 
 def words(shop: Path, *more: str) -> list[str]:
-    given = [f"data.path={shop / 'rows.jsonl'}", "data=jsonl", "data.eval_fraction=0.2", *more]
-    if not any(word.startswith("max_steps") for word in more):
-        given.append("max_steps=2")
-    return [*SMALL, *given]
+    """A run's words; of those given twice, the last counts. DDP starts fastest."""
+    rows = f"data.path={shop / 'rows.jsonl'}"
+    return [*SMALL, "data=jsonl", rows, "data.eval_fraction=0.2", "strategy=ddp", "max_steps=2", *more]
 
 
 Runner = Callable[..., Ended]
@@ -161,17 +168,21 @@ def test_the_controller_starts_other_launchers(run: Runner, shop: Path, two_rank
     assert losses(ended.folder) == losses(two_ranks.folder)
 
 
-@pytest.mark.parametrize("launcher", [DEEPSPEED_2, TORCHRUN_2], ids=["deepspeed", "torchrun"])
-def test_launchers_start_two_ranks(run: Runner, shop: Path, two_ranks: Ended, launcher: list[str]) -> None:
-    ended = run([*launcher, *words(shop)])
+@pytest.mark.parametrize(
+    ("launcher", "strategy"), [(DEEPSPEED_2, "zero2"), (TORCHRUN_2, "ddp")], ids=["deepspeed", "torchrun"]
+)
+def test_launchers_start_two_ranks(
+    run: Runner, shop: Path, two_ranks: Ended, launcher: list[str], strategy: str
+) -> None:
+    ended = run([*launcher, *words(shop, f"strategy={strategy}")])
     assert ended.code == 0, ended.err
     assert_whole(ended.folder, 2)
-    assert losses(ended.folder) == losses(two_ranks.folder)
+    assert losses(ended.folder) == pytest.approx(losses(two_ranks.folder), rel=1e-5)
     assert not (shop / "compiled").exists() or not list((shop / "compiled").rglob("*.so")), "nothing is compiled"
 
 
 def test_plain_deepspeed(run: Runner, shop: Path, one_rank: Ended) -> None:
-    ended = run([*DEEPSPEED_1, *words(shop)])
+    ended = run([*DEEPSPEED_1, *words(shop, "strategy=zero2")])
     assert ended.code == 0, ended.err
     assert losses(ended.folder) == pytest.approx(losses(one_rank.folder), rel=1e-5)
 
@@ -182,18 +193,16 @@ def jobs_of(sweep: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("launcher", [PYTHON, DEEPSPEED_2], ids=["python", "deepspeed"])
-def test_a_sweep_goes_on_after_a_failed_job(run: Runner, shop: Path, launcher: list[str]) -> None:
-    """Three bins in a micro-batch do not fit a step of two."""
-    ended = run([*launcher, "-m", *words(shop, "batch.micro_size=1,3,2")])
+def test_a_sweep_goes_on_after_a_failed_job(run: Runner, shop: Path, broken: Path, launcher: list[str]) -> None:
+    paths = f"data.path={broken},{shop / 'rows.jsonl'}"
+    ended = run([*launcher, "-m", *words(shop)[:-1], paths, "max_steps=2"])
     assert ended.code == errors.USER_MISTAKE, ended.text
     [sweep] = (ended.place / "multirun").iterdir()
-    assert jobs_of(sweep) == [(0, 0), (1, errors.USER_MISTAKE), (2, 0)]
-    assert "1 of 3 jobs of the sweep failed: job 1" in ended.err
-    assert "batch.micro_size=3" in ended.err
-    for job in ("0", "2"):
-        assert_whole(sweep / job, 1 if launcher is PYTHON else 2)
-    assert losses(sweep / "0") == pytest.approx(losses(sweep / "2"), rel=1e-5)
+    assert jobs_of(sweep) == [(0, errors.USER_MISTAKE), (1, 0)]
+    assert "1 of 2 jobs of the sweep failed: job 0" in ended.err
+    assert_whole(sweep / "1", 1 if launcher is PYTHON else 2)
     assert not (ended.place / "runs").exists()
+    assert "Traceback (most recent call last)" not in ended.text
 
 
 @pytest.mark.parametrize(
@@ -236,24 +245,24 @@ def test_verbs_are_listed(run: Runner) -> None:
     assert "Did you mean train?" in wrong.err
 
 
-def test_a_preflight_that_fails_starts_no_rank(run: Runner, shop: Path) -> None:
-    (shop / "broken.jsonl").write_text("{\n" * 20)
-    ended = run([*PYTHON, *words(shop, "launch.ranks=2", f"data.path={shop / 'broken.jsonl'}")])
+def test_a_preflight_that_fails_starts_no_rank(run: Runner, shop: Path, broken: Path) -> None:
+    ended = run([*PYTHON, *words(shop, "launch.ranks=2", f"data.path={broken}")])
     assert ended.code == errors.USER_MISTAKE, ended.text
     assert "Traceback" not in ended.text
     assert not (ended.folder / "logs" / "rank-1.log").exists()
 
 
-def test_dry_run_prints_commands_that_can_be_copied(run: Runner, shop: Path, two_ranks: Ended) -> None:
-    dry = run([*PYTHON, *words(shop, "launch.ranks=2", "launch.engine=torchrun", "launch.dry_run=true")])
+def test_dry_run_prints_commands_that_can_be_copied(run: Runner, shop: Path, one_rank: Ended) -> None:
+    dry = run([*PYTHON, *words(shop, "launch.dry_run=true")])
     assert dry.code == 0, dry.err
     assert not (dry.folder / "metrics.jsonl").exists()
     commands = [line for line in dry.out.splitlines() if line and not line.startswith("#")]
     assert len(commands) == 2
     assert "preflight" in commands[0]
     for command in commands:
-        assert run(["sh", "-c", command]).code == 0
-    assert losses(dry.folder) == losses(two_ranks.folder)
+        copied = run(["sh", "-c", command])
+        assert copied.code == 0, copied.err
+    assert losses(dry.folder) == losses(one_rank.folder)
 
 
 def test_sigterm_saves_on_all_ranks(shop: Path, tmp_path: Path) -> None:

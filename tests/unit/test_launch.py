@@ -323,7 +323,7 @@ def test_jobs_of_a_sweep_under_a_launcher() -> None:
         ["strategy=zero3_offload", "optim.lr=1"],
         ["strategy=zero3_offload", "optim.lr=2"],
     ]
-    with pytest.raises(UserMistake, match="python train.py -m"):
+    with pytest.raises(UserMistake, match=r"python train\.py -m"):
         jobs_of(compose(["-m", "optim.lr=1,2", "hydra/sweeper=basic"]))
 
 
