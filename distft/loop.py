@@ -126,7 +126,8 @@ class Fit:
                 self.record(step, norm, nll)
             improved = self.due(config.eval.every) and self.evaluate()
             out_of_patience = 0 < config.early_stopping.patience <= state.evaluations_without_best
-            if self.due(config.checkpoint.every) or out_of_patience or (improved and config.checkpoint.every > 0):
+            keeps_best = config.checkpoint.every > 0 or config.early_stopping.patience > 0
+            if self.due(config.checkpoint.every) or out_of_patience or (improved and keeps_best):
                 self.checkpoint()
             if out_of_patience:
                 return "early_stopped"
