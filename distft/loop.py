@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class Fit:
     strategy: Strategy
     plan: Plan
     evaluation_steps: Callable[[], Iterable[Step]] | None
-    steps: Callable[[int, int], Iterator[Step]]  # global batches from first to last, the next one made meanwhile
+    steps: Callable[[int, int], Iterable[Step]]  # global batches from first to last, the next one made meanwhile
     num_steps: int
     source_names: Sequence[str]
     eval_source_names: Sequence[str]

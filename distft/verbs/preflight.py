@@ -96,7 +96,7 @@ def check_disk(run: Run, model_folder: Path, run_dir: Path, num_steps: int) -> N
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         raise UserMistake(
-            f"The run may write {needed / 1e9:.1f} GB ({1 + beside} checkpoints of {checkpoint / 1e9:.1f} GB at a time), "
+            f"The run may write {needed / 1e9:.1f} GB ({1 + beside} checkpoints of {checkpoint / 1e9:.1f} GB at once), "
             f"but {run_dir} has {free / 1e9:.1f} GB free. Set run.dir to a larger disk, or lower checkpoint.keep."
         )
 

@@ -76,7 +76,7 @@ class Data:
     sequence_length: int = 1024
     """Positions of a bin: documents are packed into bins of this length."""
 
-    packing: Any = choice("auto", True, False)  # noqa: FBT003 (words of the knob)
+    packing: Any = choice("auto", True, False)  # noqa: RUF009 (a field, seen through `Any`)
     """auto: pack if documents in a bin are provably isolated for this model, else one document a row."""
 
     too_long: str = choice("auto", "truncate", "split", "drop", "refuse")
