@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import __version__, errors
-from distft.errors import Mistakes, Stop, UserMistake
+from distft.errors import Mistakes, Stalled, Stop, UserMistake
 
 if TYPE_CHECKING:
     from distft.config.load import Composed
@@ -124,7 +124,8 @@ def be_rank(argv: list[str], place: Place) -> int:
         code = work(run, run_dir, store)
     except Stop as stop:
         code = stop.exit_code
-        if place.is_main:
+        # Rank 0 speaks for all; but that it cannot be reached only the other nodes can tell.
+        if place.is_main or (isinstance(stop, Stalled) and place.local_rank == 0):
             told(stop)
     finally:
         worker.leave_exit_code(place, code)
@@ -173,12 +174,13 @@ def sweep_rules(composed: Composed) -> list[str]:
 
 def run_snapshot(argv: list[str]) -> int:
     """`distft train --snapshot=…` outside any launcher: the world is this process."""
+    from distft.config.check import settle
     from distft.launch import output, worker
 
     arguments = worker.read_arguments(argv)
     assert arguments.snapshot is not None
     run_dir = arguments.snapshot.absolute().parent
-    run = worker.read_run(arguments)
+    run = settle(worker.read_run(arguments))
     output.keep(run_dir, 0)
     return in_process(run, run_dir, arguments.prepared)
 

@@ -45,17 +45,19 @@ def check(run: Run) -> list[str]:
 
 def settle(run: Run) -> Run:
     """The same run with no `auto` left that the configuration alone decides, and with local paths made absolute."""
+    run = with_absolute_paths(run)
     too_long = run.data.too_long
     if too_long == "auto":
         too_long = "split" if run.objective.name == "lm" else "truncate"
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, too_long=too_long))
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """The same run with local paths made absolute, so that it can be repeated from anywhere."""
+    names = ("path", "eval_path", "exclude_ids", "chat_template", "cache_dir")
     data = dataclasses.replace(
         run.data,
-        too_long=too_long,
-        path=absolute(run.data.path),
-        eval_path=absolute(run.data.eval_path),
-        exclude_ids=absolute(run.data.exclude_ids),
-        chat_template=absolute(run.data.chat_template),
-        cache_dir=absolute(run.data.cache_dir),
+        **{name: absolute(getattr(run.data, name)) for name in names},
         sources=[
             dataclasses.replace(source, path=absolute(source.path), exclude_ids=absolute(source.exclude_ids))
             for source in run.data.sources

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distft import errors
-from distft.config.check import check, settle
+from distft.config.check import check, settle, with_absolute_paths
 from distft.config.schema import Run
 from distft.errors import Mistakes
 from distft.launch import output
@@ -45,7 +45,7 @@ def start_run(
         raise Mistakes(problems)
     if sweep_folder is not None:
         run = in_sweep(run, sweep_folder)
-    known, run = place_run(run)
+    known, run = place_run(with_absolute_paths(run))
     size = num_ranks(run.launch.ranks)
     run_dir = make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
     alone = size == 1 and run.launch.engine == "direct" and sweep_folder is None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft.config.check import check, settle
+from distft.config.check import check, settle, with_absolute_paths
 from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
 from distft.errors import Mistakes, Stop, UserMistake
@@ -86,7 +86,7 @@ def read_run(arguments: Arguments) -> Run:
         raise Mistakes(problems)
     if arguments.resume:
         run = dataclasses.replace(run, resume=arguments.resume)
-    return settle(run)
+    return with_absolute_paths(run)
 
 
 def be_a_rank(place: Place) -> None:
@@ -117,9 +117,10 @@ def prepare(argv: Sequence[str], command: Sequence[str], place: Place, preflight
     try:
         arguments = read_arguments(argv)
         run = read_run(arguments)
-        known, run = (
-            folder.place_run(run) if arguments.snapshot is None else (arguments.snapshot.absolute().parent, run)
-        )
+        if arguments.snapshot is None:
+            known, run = folder.place_run(run)
+        else:
+            known = arguments.snapshot.absolute().parent
     except Stop as stop:
         if not place.is_main:
             agree.report(place, str(stop))
@@ -140,6 +141,6 @@ def prepare(argv: Sequence[str], command: Sequence[str], place: Place, preflight
     run_dir = agreement.folder(make)
     output.keep(run_dir, place.rank)
     if not arguments.prepared:
-        agreement.preflight(lambda: preflight(run, run_dir))
+        agreement.preflight(lambda: preflight(settle(run), run_dir))
     sys.stdout.flush()
-    return run, run_dir, store
+    return settle(run), run_dir, store
