@@ -12,7 +12,7 @@ from typing import IO, Any
 from distft.config.redact import redact
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
-REDRAW = re.compile(r"\x1b\[[0-9]*[AKJ]|\r(?!\n)")
+REDRAW = re.compile(r"\x1b\[[0-9]*[AKJ]|\x1b\[\?25[lh]|\r(?!\n)")
 
 
 class Tee:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from distft.config.load import compose, read_snapshot
 from distft.config.schema import Run
 from distft.errors import Stalled, Stop, UserMistake
 from distft.launch import agree
+from distft.launch.controller import note_job, sweep_verdict
 from distft.launch.folder import make_folder, place_run
 from distft.launch.output import Tee
 from distft.launch.start import Command, Signals, kill_groups, verdict, watch
@@ -315,6 +317,23 @@ def test_the_verdict_over_the_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
 
 
+def test_a_sweep_tells_its_jobs_and_the_sweeper_its_objective(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job, best in enumerate((0.5, None)):
+        (tmp_path / str(job)).mkdir()
+        (tmp_path / str(job) / "result.json").write_text(json.dumps({"metrics": {"best": best}}))
+    assert note_job(tmp_path, 1, ["seed=1", "log=none"], tmp_path / "1", errors.DONE) is None
+    assert note_job(tmp_path, 0, ["seed=0", "log=none"], tmp_path / "0", errors.DONE) == 0.5
+    assert sweep_verdict(tmp_path) == errors.DONE
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/0  seed=0  done  0.5", f"{tmp_path}/1  seed=1  done"]
+    assert note_job(tmp_path, 2, ["seed=2", "log=none"], tmp_path / "0", errors.STOPPED_BY_GUARD) is None
+    assert sweep_verdict(tmp_path) == errors.STOPPED_BY_GUARD
+    assert "1 of 3 jobs of the sweep failed: job 2 (seed=2): 4" in capsys.readouterr().err
+    note_job(tmp_path, 3, ["seed=3", "log=none"], tmp_path / "3", errors.USER_MISTAKE)
+    assert sweep_verdict(tmp_path) == errors.BUG, "jobs that failed in different ways"
+
+
 def test_jobs_of_a_sweep_under_a_launcher() -> None:
     composed = compose(["-m", "strategy=glob(zero3*)", "optim.lr=1,2", "hydra.sweep.dir=/x"])
     assert jobs_of(composed) == [
@@ -338,7 +357,8 @@ def test_a_log_keeps_lines_and_leaves_the_bar_out() -> None:
     tee = Tee(screen, log)
     tee.write("plain\n")
     tee.write("\x1b[31mred\x1b[0m\n")
+    tee.write("\x1b[?25lloss 2.0 ━━━━")
     tee.write("\r\x1b[2Kloss 1.0 ━━━━")
     tee.write("\r\x1b[2Knote above the bar\nloss 0.9 ━━━━")
     assert log.getvalue() == "plain\nred\nnote above the bar\n"
-    assert screen.getvalue().count("━") == 8
+    assert screen.getvalue().count("━") == 12
