@@ -45,7 +45,7 @@ from distft.data.cache import (
     reason_for_miss,
     text_column,
 )
-from distft.data.encoder import Encoder, MakeEncoder, Result
+from distft.data.encoder import TOO_LONG, Encoder, MakeEncoder, Result
 from distft.data.formats import Block
 from distft.data.progress import Progress, say
 from distft.data.rows import BadRow, Document, Row, Unfit
@@ -92,7 +92,10 @@ def prepare(
     for spec in [*specs, *([eval_spec] if eval_spec else [])]:
         folder = tokenised(spec, encoder, store, run.data.workers)
         report = read_key(folder)["report"]
-        append_rejected(folder / REJECTED, out / REJECTED, spec.name)
+        append_rejected(folder / REJECTED, out / REJECTED)
+        if report["notes"]:
+            say(f"{spec.name}: " + "; ".join(f"{count:,} {note}" for note, count in sorted(report["notes"].items())))
+        refuse_too_long(spec, report, out / REJECTED)
         refuse_many_rejected(spec, report, run.data.max_rejected, out / REJECTED)
         part = 1.0 if spec is eval_spec else fraction
         sources.append({"name": spec.name, "weight": spec.weight, "folder": folder.name, "eval_fraction": part})
@@ -125,7 +128,8 @@ def tokenised(spec: SourceSpec, encoder: Encoder, store: Path, workers: Any = "a
     """The folder with the tokens of one source: found, or made; says which and why."""
     parts = key_of(spec, encoder)
     folder = store / digest(parts)
-    label = f"{spec.path} {spec.split}" if spec.format == "hub" else str(Path(spec.path).expanduser().absolute())
+    place = Path(spec.path).expanduser()
+    label = str(place.absolute()) if place.exists() else f"{spec.path} {spec.split}"
     if folder.exists():
         fault = fault_of(folder, contents=True)
         if not fault:
@@ -230,7 +234,7 @@ def tokenise(spec: SourceSpec, encoder: Encoder, folder: Path, workers: Any) -> 
     if documents:
         encoder.check(documents)
     tally, total = Tally(), spec.size()
-    num_workers = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
+    num_workers = num_cores() if workers == "auto" else int(workers)
     with ExitStack() as stack:
         writer = stack.enter_context(pa.ipc.new_file(str(folder / TOKENS), SCHEMA))
         rejected = stack.enter_context((folder / REJECTED).open("w", encoding="utf-8"))
@@ -257,6 +261,11 @@ def tokenise(spec: SourceSpec, encoder: Encoder, folder: Path, workers: Any) -> 
         )
     # Not dataclasses.asdict: before Python 3.12 it turns a Counter into one that counts pairs.
     return {**vars(tally), "notes": dict(tally.notes), "rejected": dict(tally.rejected)}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_batches(writer: pa.RecordBatchFileWriter, waiting: list[pa.RecordBatch]) -> None:
@@ -382,12 +391,23 @@ def record_batch(good: list[Row], documents: list[Document], results: list[Resul
 # --- rejected rows ----------------------------------------------------------------------------------------------------
 
 
-def append_rejected(source: Path, target: Path, name: str) -> None:
+def append_rejected(source: Path, target: Path) -> None:
     """Put a source's rejected rows behind those of the others. Nothing is written where there are none."""
     if source.stat().st_size:
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.open(encoding="utf-8") as lines, target.open("a", encoding="utf-8") as stream:
             shutil.copyfileobj(lines, stream)
+
+
+def refuse_too_long(spec: SourceSpec, report: dict[str, Any], file: Path) -> None:
+    """Stop where `data.too_long=refuse` met a row that is."""
+    if count := report["rejected"].get(TOO_LONG):
+        first = report["first"][TOO_LONG]
+        raise UserMistake(
+            f"{count:,} rows of {spec.name} are {TOO_LONG}, the first of them row {first['places'][0]} with "
+            f"{first['detail']} (data.too_long=refuse). All are listed in {file}: raise data.sequence_length, or set "
+            "data.too_long to truncate, split or drop."
+        )
 
 
 def refuse_many_rejected(spec: SourceSpec, report: dict[str, Any], max_rejected: float, file: Path) -> None:

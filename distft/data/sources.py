@@ -6,6 +6,7 @@ import difflib
 import glob
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -222,9 +223,14 @@ def check_columns(spec: SourceSpec, objective: str) -> None:
         UserMistake: none of the first rows fits the columns; names the nearest column.
     """
     faults: list[Unfit] = []
-    rows = []
-    for row in _first_rows(spec):
-        rows.append(row)
+    rows = list(_first_rows(spec))
+    for role, template in spec.columns.templates:
+        if role in COLUMN_TEMPLATES and any(template in row.value for row in rows):
+            raise UserMistake(
+                f"{spec.knob}columns.{role}={template} names a column, but would stand as that very word in every row. "
+                f"Write '{{{{ {template} }}}}'."
+            )
+    for row in rows:
         try:
             document = spec.columns.document(row.value)
         except Unfit as fault:
@@ -321,11 +327,19 @@ def _from_hub(spec: SourceSpec) -> Any:
 
 
 def texts(run: Run) -> Iterator[str]:
-    """The plain words of a run's training rows: what the tokenizer of `model=tiny` is trained from."""
-    for spec in sources_of(run.data, run.objective.name):
-        for row in read_rows(spec):
-            if isinstance(row, Row):
-                try:
-                    yield spec.columns.document(row.value).plain()
-                except Unfit:
-                    continue
+    """The plain words of a run's training rows, the sources in turn: what `model=tiny` trains its tokenizer from."""
+    turns = deque(map(_plain, sources_of(run.data, run.objective.name)))
+    while turns:
+        source = turns.popleft()
+        if (text := next(source, None)) is not None:
+            yield text
+            turns.append(source)
+
+
+def _plain(spec: SourceSpec) -> Iterator[str]:
+    for row in read_rows(spec):
+        if isinstance(row, Row):
+            try:
+                yield spec.columns.document(row.value).plain()
+            except Unfit:
+                continue
