@@ -6,13 +6,16 @@ folder given by `--config-dir` could run code. Files there choose values; they n
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
-from distft.errors import Mistakes
+from distft.errors import Mistakes, UserMistake
 
 PACKAGE_HEADER = re.compile(r"^\s*#\s*@package\b.*hydra", re.MULTILINE)
 
@@ -43,7 +46,7 @@ def pairs_of(root: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
 def objections(text: str) -> list[str]:
     """What in the text of one YAML file is refused."""
     # Only a backslash in a quoted string could hide one of the two words from this quick look.
-    if not any(word in text for word in ("hydra", "_target_", "\\")):
+    if not any(word in text for word in ("hydra", "_target_", "defaults", "\\")):
         return []
     found = []
     if PACKAGE_HEADER.search(text):
@@ -60,7 +63,43 @@ def objections(text: str) -> list[str]:
         found.append("a `hydra` key")
     if any(isinstance(word, str) and "hydra" in word for word in words):
         found.append("a `hydra` entry in its defaults list")
+    if any(isinstance(word, str) and (".." in word or "//" in word) for word in words):
+        found.append("an entry in its defaults list that leaves the folder")
     return found
+
+
+def yaml_files(folder: Path) -> Iterator[Path]:
+    """The files that Hydra could read below a folder: it follows links to folders, so we do, each once."""
+    seen: set[Path] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in sorted(names) if name.endswith((".yaml", ".yml")))
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """Hydra's node without what Hydra itself fills in."""
+    node = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra, resolve=False))
+    job = {name: node["job"].get(name) for name in ("chdir", "env_set", "env_copy", "config")}
+    return {name: value for name, value in node.items() if name not in ("job", "runtime", "overrides")} | {"job": job}
+
+
+def refuse_settings(theirs: DictConfig, ours: DictConfig) -> None:
+    """Compare Hydra's own node of a composition with that of conf/ alone: whatever a file did, it did not touch it.
+
+    Raises:
+        UserMistake: a setting of Hydra comes from a file outside conf/.
+    """
+    nodes = [settings_of(cfg) for cfg in (theirs, ours)]
+    changed = [f"hydra.{name}" for name in nodes[0] if nodes[0][name] != nodes[1].get(name)]
+    if changed:
+        raise UserMistake(
+            f"{', '.join(changed)} would be set by a file outside conf/, which could run code. Give settings of Hydra "
+            "itself on the command line."
+        )
 
 
 def refuse_code(folder: Path) -> None:
@@ -70,9 +109,7 @@ def refuse_code(folder: Path) -> None:
         Mistakes: a file carries `_target_` or a setting of Hydra itself.
     """
     problems = []
-    for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
-        if not path.is_file():
-            continue
+    for path in yaml_files(folder):
         found = objections(path.read_text(encoding="utf-8", errors="replace"))
         if "hydra" in path.relative_to(folder).parts[:-1]:
             found.append("a place in a group `hydra`")

@@ -28,7 +28,7 @@ from distft.config import command_line
 from distft.config.command_line import CommandLine
 from distft.config.describe import help_text
 from distft.config.diagnose import problems_of, value_problem
-from distft.config.foreign import refuse_code
+from distft.config.foreign import refuse_code, refuse_settings
 from distft.config.snapshot import (
     GROUPS,
     computed,
@@ -168,6 +168,8 @@ def compose(argv: Sequence[str], verb: str = "train") -> Composed:
 def primary_of(line: CommandLine, verb: str) -> str:
     """The name of the primary config. A snapshot gives way in the groups that are chosen anew, wholly."""
     folders = [conf_dir(), *([line.config_dir] if line.config_dir else [])]
+    if ".." in Path(line.config_name).parts or Path(line.config_name).is_absolute():
+        raise UserMistake(f"--config-name {line.config_name}: a name is wanted; its folder goes into --config-dir.")
     found = [folder / f"{line.config_name}.yaml" for folder in folders]
     path = next((path for path in found if path.is_file()), None)
     if path is None:
@@ -207,6 +209,9 @@ def composed(line: CommandLine, primary: str, overrides: list[str], verb: str) -
         register(schema_of(verb))
         with hydra_over(line.config_dir) as hydra:
             cfg = hydra.compose_config(primary, overrides, RunMode.RUN, from_shell=False)
+            if line.config_dir is not None:
+                own = [o.input_line for o in line.parsed if o.is_hydra_override() and not o.is_sweep_override()]
+                refuse_settings(cfg, hydra.compose_config(verb, own, RunMode.RUN, from_shell=False))
             to_run(cfg)  # resolves every interpolation, so that a broken one is told here
             return cfg
     except (HydraException, OmegaConfBaseException) as error:

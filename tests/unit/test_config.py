@@ -168,6 +168,8 @@ FOREIGN = {
     "a defaults entry": "defaults:\n  - override hydra/launcher: basic\n",
     "a defaults entry placed below hydra": "defaults:\n  - other@hydra.callbacks: x\n",
     "a merge key": "x: &a\n  hydra: {run: {dir: /tmp}}\n<<: *a\n",
+    "a way out of the folder": "defaults:\n  - /train\n  - ../elsewhere/bad\n  - _self_\n",
+    "an absolute way out": "defaults:\n  - /train\n  - //tmp/elsewhere/bad\n  - _self_\n",
     "a value that would stop a typed reader": "when: 2020-99-99\nhydra: {run: {dir: /tmp}}\n",
 }
 
@@ -183,6 +185,29 @@ def test_a_foreign_folder_cannot_be_a_group_of_hydra(tmp_path: Path) -> None:
     (tmp_path / "hydra" / "callbacks").mkdir(parents=True)
     (tmp_path / "hydra" / "callbacks" / "mine.yaml").write_text("a: 1\n")
     assert "group `hydra`" in problems(f"--config-dir={tmp_path}")[0]
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.mkdir()
+    other.mkdir()
+    (other / "bad.yaml").write_text("hydra: {run: {dir: /tmp}}\n")
+    (mine / "experiment").symlink_to(other)
+    (mine / "loop").symlink_to(mine)
+    [found] = problems(f"--config-dir={mine}")
+    assert "bad.yaml has a `hydra` key" in found
+
+
+def test_what_slips_past_the_reading_is_seen_in_the_composition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second line of defence, with the first one taken away."""
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - /train\n  - _self_\nhydra:\n  job:\n    env_set: {A: b}\n")
+    monkeypatch.setattr("distft.config.load.refuse_code", lambda folder: None)
+    assert "hydra.job" in problems(f"--config-dir={tmp_path}", "--config-name=mine")[0]
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - /train\n  - _self_\nseed: 3\n")
+    assert compose([f"--config-dir={tmp_path}", "--config-name=mine", "++hydra.job.env_set.A=b"]).run.seed == 3
+    assert "--config-dir" in problems(f"--config-dir={tmp_path}", "--config-name=../mine")[0]
 
 
 def test_a_harmless_foreign_folder_is_taken(tmp_path: Path) -> None:
