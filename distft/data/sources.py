@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ from typing import Any
 import jinja2
 
 from distft.config.schema import Data, Run, Source
-from distft.data.formats import ENDINGS, READERS, Block, read_table, read_text
+from distft.data.files import files_of, is_hub_id, load_from_hub, load_saved, read_ids
+from distft.data.formats import READERS, Block, read_table, read_text
 from distft.data.rows import COLUMN_NAMES, COLUMN_TEMPLATES, SHAPES, BadRow, Columns, Row, Unfit
 from distft.errors import UserMistake
 
@@ -48,7 +47,9 @@ class SourceSpec:
     @cached_property
     def table(self) -> Any:
         """The `datasets.Dataset` of a saved or a hub data set."""
-        return _saved(self) if self.format == "saved" else _from_hub(self)
+        if self.format == "saved":
+            return load_saved(self.path, self.split, self.knob)
+        return load_from_hub(self.path, self.subset, self.split, self.knob)
 
     def blocks(self) -> Iterator[Block]:
         """All records, some at a time, in order."""
@@ -118,10 +119,10 @@ def spec_of(source: Source, knob: str, data: Data, objective: str) -> SourceSpec
         format = "jsonl"
     elif not path:
         raise UserMistake(f"{knob}path is missing: name a file, a folder or a hub id.")
-    elif format == "auto" and _is_hub_id(path):
+    elif format == "auto" and is_hub_id(path):
         format = "hub"
     elif format not in ("hub", "saved"):
-        format, files = _files(path, format, knob)
+        format, files = files_of(path, format, knob)
     spec = SourceSpec(
         name=source.name or Path(path or source.format).stem,
         knob=knob,
@@ -137,59 +138,6 @@ def spec_of(source: Source, knob: str, data: Data, objective: str) -> SourceSpec
     )
     check_columns(spec, objective)
     return spec
-
-
-def _is_hub_id(path: str) -> bool:
-    """A hub id is `name` or `owner/name` and no file; anything else is a path on this machine."""
-    local = Path(path).expanduser()
-    return not (
-        local.exists()
-        or path.startswith((".", "/", "~"))
-        or path.count("/") > 1
-        or any(mark in path for mark in "*?[")
-        or local.suffix in (*ENDINGS, ".gz")
-    )
-
-
-def _files(path: str, format: str, knob: str) -> tuple[str, tuple[Path, ...]]:
-    """The format and the files behind a path: a file, a folder of files, or a pattern."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        if format == "auto" and any((place / name).exists() for name in ("state.json", "dataset_dict.json")):
-            return "saved", ()
-        found = sorted(file for file in place.rglob("*") if file.is_file() and _format_of(file))
-        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(place).parts)]
-    elif place.exists():
-        found = [place]
-    else:
-        found = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
-        if not found:
-            raise UserMistake(f"{knob}path={path}: there is no such file or folder.{_nearest_file(place)}")
-    if format != "auto":
-        found = [file for file in found if not place.is_dir() or _format_of(file) == format]
-        if not found:
-            raise UserMistake(f"{knob}path={path}: the folder holds no {format} file.")
-        return format, tuple(found)
-    formats = sorted({_format_of(file) or f"unknown ({file.name})" for file in found})
-    if not formats:
-        raise UserMistake(f"{knob}path={path}: the folder holds no data file ({', '.join(ENDINGS)}).")
-    if len(formats) > 1 or formats[0] not in ENDINGS.values():
-        raise UserMistake(
-            f"{knob}format=auto cannot tell how to read {path}: {', '.join(formats)}. Set {knob}format to one of "
-            f"{', '.join(dict.fromkeys(ENDINGS.values()))}, or name the files by a pattern such as {path}/*.jsonl."
-        )
-    return formats[0], tuple(found)
-
-
-def _format_of(file: Path) -> str | None:
-    return ENDINGS.get((file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower())
-
-
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" The folder {path.parent} is missing too."
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _columns(columns: dict[str, Any], knob: str) -> Columns:
@@ -281,49 +229,6 @@ def read_rows(spec: SourceSpec) -> Iterator[Row | BadRow]:
         for row in block.parsed():
             if (settled := spec.settle(row)) is not None:
                 yield settled
-
-
-def read_ids(file: Path) -> frozenset[str]:
-    """Row ids from a file of lines, a JSON list, or the keys of a JSON object."""
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserMistake(f"exclude_ids={file} cannot be read: {error}") from None
-    if content.lstrip()[:1] in ("[", "{"):
-        try:
-            return frozenset(str(entry) for entry in json.loads(content))
-        except json.JSONDecodeError as error:
-            raise UserMistake(f"exclude_ids={file} is broken JSON at line {error.lineno}: {error.msg}.") from None
-    return frozenset(line.strip() for line in content.splitlines() if line.strip())
-
-
-def _saved(spec: SourceSpec) -> Any:
-    import datasets
-
-    try:
-        table = datasets.load_from_disk(str(Path(spec.path).expanduser()))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise UserMistake(
-            f"{spec.knob}path={spec.path} is no folder written by datasets.save_to_disk: {error}"
-        ) from None
-    if isinstance(table, datasets.DatasetDict):
-        if spec.split not in table:
-            raise UserMistake(f"{spec.knob}split={spec.split}: {spec.path} has the splits {', '.join(table)}.")
-        table = table[spec.split]
-    return table.with_format(None)
-
-
-def _from_hub(spec: SourceSpec) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(spec.path, name=spec.subset, split=spec.split).with_format(None)
-    except Exception as error:  # the hub client fails in many ways; each is the user's to mend
-        first = str(error).strip().partition("\n")[0]
-        raise UserMistake(
-            f"{spec.knob}path={spec.path}: the hub did not give the data set ({type(error).__name__}: {first}). "
-            "Check the name, the subset, the split and the network, or download it and give the path of the files."
-        ) from None
 
 
 def texts(run: Run) -> Iterator[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distft.config.schema import Run, Source
-from distft.data import encode
+from distft.data import tokenise
 from distft.data.cache import TOKENS, EncodedSource, PreparedData, TokenFile, held_out_rows, open_prepared
 from distft.data.encode import prepare, settle_template, tokenised
 from distft.data.encoder import NO_STOP, NONE_TRAINED, TOO_LONG, Encoded, Fast, Result
@@ -374,7 +374,7 @@ def test_prepared_data_is_what_the_encoder_makes(tmp_path: Path) -> None:
 
 
 def test_several_processes_make_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "SMALL", 0)
+    monkeypatch.setattr(tokenise, "SMALL", 0)
     rows: list[Any] = [*questions(1500), b"broken", *questions(1400)]
     one = prepared(a_source(tmp_path, rows), byte_level(), tmp_path)
     rejected = (tmp_path / "rejected.jsonl").read_text()
@@ -455,7 +455,7 @@ def test_a_template_without_stop_is_told_before_the_rest_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = byte_level(chat_template=UNMARKED, eos_token="<|endoftext|>")
-    monkeypatch.setattr(encode, "encode_block", None)  # reading on would fail
+    monkeypatch.setattr(tokenise, "encode_block", None)  # reading on would fail
     with pytest.raises(UserMistake, match="would never learn to stop"):
         prepared(a_source(tmp_path, questions(50)), tokenizer, tmp_path)
 

@@ -13,8 +13,9 @@ import pytest
 
 from distft.config.schema import Data, Run, Source
 from distft.data import formats
+from distft.data.files import read_ids
 from distft.data.rows import BadRow, Columns, Document, Row, Unfit
-from distft.data.sources import SourceSpec, read_ids, read_rows, sources_of, texts
+from distft.data.sources import SourceSpec, read_rows, sources_of, texts
 from distft.errors import UserMistake
 from tests.unit.some_data import write_jsonl
 
