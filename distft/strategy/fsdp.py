@@ -175,6 +175,6 @@ def allow_unused(root: FSDPModule) -> None:
     if not hasattr(root, "set_reduce_scatter_unused_params"):
         raise UserMistake(
             "The experts of this model are modules of their own, and some may see no token on a rank: strategy=fsdp "
-            "and strategy=hsdp need torch >= 2.13 for that. Update torch, or use strategy=zero2 or strategy=zero3."
+            "and strategy=hsdp need torch >= 2.13 for that. Update torch, or use strategy=zero3 or strategy=ddp."
         )
     root.set_reduce_scatter_unused_params(True)

@@ -56,6 +56,8 @@ def run_of(case: Case) -> Run:
     recipe = case.recipe
     run.strategy.name = case.strategy
     run.strategy.shard_size = 2
+    if case.strategy.startswith("zero3"):  # tiny parameters would stay whole on every rank, and nothing be partitioned
+        run.strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     run.precision = case.precision
     run.optim.name, run.optim.lr, run.optim.weight_decay = recipe.optimizer, recipe.lr, recipe.weight_decay
     run.optim.betas, run.optim.eps, run.optim.clip = recipe.betas, recipe.eps, recipe.clip
