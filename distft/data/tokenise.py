@@ -28,7 +28,7 @@ from distft.errors import UserMistake
 
 LOOKED_AT = 32  # documents that the encoder looks at before the rest is read
 HOPELESS = 2000  # rows rejected one after another from the first on: the rest is not read
-SMALL = 1 << 20  # bytes of a source below which starting processes costs more than it saves
+SMALL = 1 << 23  # bytes of a source below which starting processes costs more than it saves
 BLOCKS_A_BATCH = 8
 
 
