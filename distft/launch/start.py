@@ -155,7 +155,8 @@ def watch(
             code = process.poll()
             if code not in (None, 0) and first_failure is None:
                 first_failure = rank
-                deadline = time.monotonic() + (STOP_SECONDS if code in DELIBERATE else CRASH_SECONDS)
+                orderly = code in DELIBERATE and code != errors.STALLED  # nobody comes back from a stall
+                deadline = time.monotonic() + (STOP_SECONDS if orderly else CRASH_SECONDS)
         if time.monotonic() > deadline:
             kill()
             deadline = float("inf")

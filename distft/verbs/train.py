@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distft import errors
 from distft.config.load import config_hash
 from distft.config.schema import Run
-from distft.errors import NegativeVerdict, Stop, UserMistake
+from distft.errors import NegativeVerdict, Stalled, Stop, UserMistake
 from distft.prepared import Prepared
 from distft.result import summary_of, tell_the_end, write_result
 
@@ -63,9 +63,21 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
         with Log(run, run_dir, world, job.num_steps, resumed, state.tracker_run) as log:
             state.tracker_run = log.wandb_id
             job.train(state, log, stop_requested)
+    except RuntimeError as error:
+        if not timed_out(error):
+            raise
+        raise Stalled(
+            f"Rank {world.rank} waited longer than guard.stall_seconds={run.guard.stall_seconds:g} for another: a rank "
+            f"is stopped, hangs or is unreachable. Look at {run_dir / 'logs'}, then go on with resume={run_dir}."
+        ) from error
     finally:
         leave()
     return errors.DONE
+
+
+def timed_out(error: RuntimeError) -> bool:
+    """Whether a collective gave up waiting: gloo's and c10d's words for it, since they have no exception type."""
+    return any(words in str(error) for words in ("Timed out waiting", "timed out", "timeout"))
 
 
 @dataclass

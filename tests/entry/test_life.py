@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distft import errors
@@ -42,6 +43,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, text
 
 
+def wait_for_records(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def records(folder: Path, split: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record for line in lines if (record := json.loads(line))["split"] == split]
@@ -54,12 +63,7 @@ def result(folder: Path) -> dict[str, Any]:
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(shop: Path) -> None:
     knobs = ("max_steps=400", "tuning=lora", "tuning.lora_dropout=0.1", "eval.at_start=false")
     stopped = start(shop, "stopped", *knobs)
-    metrics = shop / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-        assert stopped.poll() is None, finish(stopped)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_records(stopped, shop / "stopped", 5)
     stopped.send_signal(signal.SIGTERM)
     code, text = finish(stopped)
     assert code == errors.SAVED_AFTER_SIGNAL, text
@@ -77,6 +81,19 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(shop: Path) -
     final = "final/adapter_model.safetensors"
     assert (shop / "stopped" / final).read_bytes() == (shop / "whole" / final).read_bytes()
     assert result(shop / "stopped")["sources"] == result(shop / "whole")["sources"]
+
+
+def test_a_rank_that_stands_still_ends_the_run(shop: Path) -> None:
+    knobs = ("launch.ranks=2", "guard.stall_seconds=4", "max_steps=100000", "eval.at_start=false")
+    stalled = start(shop, "stalled", *knobs)
+    wait_for_records(stalled, shop / "stalled", 5)
+    ranks = [child for child in psutil.Process(stalled.pid).children() if "train" in child.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGSTOP)
+    code, text = finish(stalled)
+    assert code == errors.STALLED, text
+    assert "guard.stall_seconds=4" in text
+    assert not any(rank.is_running() for rank in ranks)
 
 
 def test_diverging_stops_with_the_step_and_the_rows(shop: Path) -> None:
