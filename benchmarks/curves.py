@@ -6,6 +6,7 @@ Lines: training loss (token mean of each logged step); dots: evaluation loss. Ne
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
-    for folder in arguments.runs:
-        (line,) = axes.plot(*points(folder, "train"), linewidth=1.2, label=folder.name)
+    for folder, style in zip(arguments.runs, itertools.cycle(["-", "--", ":"])):  # equal curves stay visible
+        (line,) = axes.plot(*points(folder, "train"), style, linewidth=1.4, label=folder.name)
         axes.plot(*points(folder, "eval"), "o", color=line.get_color(), markersize=4)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats a token (dots: evaluation)")
