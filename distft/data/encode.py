@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.config.cache import cache_folder
 from distft.config.schema import Run
 from distft.data import encoder as encoder_module
 from distft.data import formats, rows, template
@@ -33,7 +34,7 @@ from distft.data.cache import (
 )
 from distft.data.encoder import TOO_LONG, Encoder, MakeEncoder
 from distft.data.progress import say
-from distft.data.sources import SourceSpec, cache_folder, eval_source_of, sources_of
+from distft.data.sources import SourceSpec, eval_source_of, sources_of
 from distft.data.template import settle_template
 from distft.data.tokenise import tokenise
 from distft.errors import UserMistake

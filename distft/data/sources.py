@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from distft.config.cache import cache_folder
 from distft.config.schema import Data, Run, Source
 from distft.data.files import files_of, is_hub_id, load_from_hub, load_saved, read_ids
 from distft.data.formats import READERS, Block, read_table, read_text
@@ -74,11 +74,6 @@ class SourceSpec:
         place = str(row.number) if len(self.files) < 2 else f"{row.file}:{row.number}"
         row = row._replace(id=str(given) if given is not None else row.id or place)
         return None if row.id in self.excluded else row
-
-
-def cache_folder(data: Data) -> Path:
-    """`data.cache_dir`, else $DISTFT_CACHE, else ~/.cache/distft."""
-    return Path(data.cache_dir or os.environ.get("DISTFT_CACHE") or "~/.cache/distft").expanduser().absolute()
 
 
 def sources_of(data: Data, objective: str) -> list[SourceSpec]:

@@ -99,16 +99,6 @@ def check_syntax(template: str, name: str) -> None:
         return  # it compiles; that it refuses a chat without messages is its right
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Tokens at which generation ends: the tokenizer's eos and those of the model's generation_config.json."""
-    found = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    file = Path(tokenizer.name_or_path) / "generation_config.json"
-    if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(named) if isinstance(named, list) else {named} if isinstance(named, int) else set()
-    return frozenset(found)
-
-
 @dataclass(frozen=True)
 class Rendered:
     """One text to tokenise, and the character spans of it that the model has to say."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import transformers
 import xxhash
 
-from distft.config.schema import Data, TinyShape
+from distft.config.schema import TinyShape
 from distft.errors import UserMistake
 from distft.weights.write import new_folder, write_sharded
 
@@ -43,11 +42,6 @@ CHATML = """\
 {%- endif %}
 """
 """ChatML; what the model says, stop token included, lies between generation markers."""
-
-
-def cache_folder(data: Data) -> Path:
-    """`data.cache_dir`, else $DISTFT_CACHE, else ~/.cache/distft."""
-    return Path(data.cache_dir or os.environ.get("DISTFT_CACHE") or "~/.cache/distft").expanduser().absolute()
 
 
 def build_tiny(shape: TinyShape, texts: Callable[[], Iterable[str]], cache: Path) -> Path:

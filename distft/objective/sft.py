@@ -13,7 +13,7 @@ import numpy as np
 from distft.config.schema import Run
 from distft.data.encoder import NO_STOP, Encoded, Fast, Result, fit
 from distft.data.rows import Document, Unfit
-from distft.data.template import ChatTemplate, Rendered, Span, stop_ids
+from distft.data.template import ChatTemplate, Rendered, Span
 from distft.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ class SftEncoder:
 
 def make_encoder(run: Run, tokenizer: PreTrainedTokenizerFast, folder: Path) -> SftEncoder:
     """The encoder of a run; `folder` holds the tokenizer with its template settled."""
-    stops = sorted(stop_ids(tokenizer))
+    from distft.model.decode import stop_ids  # not above: processes that tokenise need no torch
+
+    stops = stop_ids(tokenizer, Path(tokenizer.name_or_path))
     return SftEncoder(
         tokenizer=Fast(str(folder / "tokenizer.json")),
         template=ChatTemplate.of(tokenizer),

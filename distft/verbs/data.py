@@ -20,10 +20,12 @@ def main(run: Run, sub: str, rows: int) -> int:
     Raises:
         UserMistake: with the knob and the cure.
     """
+    from distft.config.cache import cache_folder
     from distft.data.encode import prepare
     from distft.data.see import report, show_rows
-    from distft.data.sources import cache_folder, texts
-    from distft.data.template import settle_template, stop_ids
+    from distft.data.sources import texts
+    from distft.data.template import settle_template
+    from distft.model.decode import stop_ids
     from distft.model.folder import load_tokenizer, resolve
     from distft.objective import make_encoder
 
@@ -36,7 +38,7 @@ def main(run: Run, sub: str, rows: int) -> int:
         prepared = prepare(run, tokenizer, Path(folder), out, make_encoder)
     console = Console()
     if sub == "show":
-        show_rows(console, prepared, rows, tokenizer, sorted(stop_ids(tokenizer)))
+        show_rows(console, prepared, rows, tokenizer, stop_ids(tokenizer, Path(tokenizer.name_or_path)))
     report(console, prepared, run.data.sequence_length)
     if sub == "prepare":
         console.print(f"Ready in {prepared.path}", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from distft.data.see import STOP, TRAINED, coloured, marked, report, runs_of, show_rows
-from distft.data.template import stop_ids
+from distft.model.decode import stop_ids
 from distft.verbs.data import main
 from tests.unit.some_data import a_run, byte_level, prepared, questions, write_jsonl
 
@@ -47,7 +47,7 @@ def test_rows_and_report(tmp_path: Path) -> None:
     data = prepared(run, tokenizer, tmp_path)
     stream = io.StringIO()
     console = Console(file=stream, width=100)
-    show_rows(console, data, 2, tokenizer, sorted(stop_ids(tokenizer)))
+    show_rows(console, data, 2, tokenizer, stop_ids(tokenizer, Path(tokenizer.name_or_path)))
     report(console, data, run.data.sequence_length)
     text = stream.getvalue()
     assert text.count("⟦It is ") == 2
