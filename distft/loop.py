@@ -83,7 +83,7 @@ class Interval:
 
 @dataclass
 class Fit:
-    """Everything a run needs, given by verbs/train.py; `state` is all that changes and all that is saved."""
+    """Everything a run needs, given by verbs/train.py; `state` is what a checkpoint holds of it."""
 
     config: Run
     world: World
@@ -100,6 +100,9 @@ class Fit:
     stop_requested: Callable[[], bool]  # a signal has arrived at this process
     flops: Callable[[Step], float]  # model FLOPs of one global batch
     peak_flops: float | None  # of all ranks together; None where unknown
+    interval: Interval = field(default_factory=Interval, init=False)
+    last: tuple[Late, Step] | None = field(default=None, init=False)  # norm of the step before, and that step
+    saved_at: int = field(default=-1, init=False)  # step of the last checkpoint
 
     def run(self) -> str:
         """Train to the end. Returns `done` or `early_stopped`.
@@ -111,7 +114,6 @@ class Fit:
         config, state = self.config, self.state
         agreement = Agreement(self.world)
         self.interval = Interval()
-        self.last: tuple[Late, Step] | None = None
         self.saved_at = state.step
         if config.eval.at_start and state.step == 0:
             self.evaluate()
@@ -171,11 +173,16 @@ class Fit:
 
         The norm is the same number on every rank, so all ranks decide alike.
         """
-        if self.last:
-            self.judge(*self.last)
+        self.settle()
         self.last = (Late(norm), step)
         if self.state.step == self.num_steps:
-            self.judge(*self.last)
+            self.settle()
+
+    def settle(self) -> None:
+        """Judge the newest step whose norm has not been looked at yet."""
+        if self.last:
+            last, self.last = self.last, None
+            self.judge(*last)
 
     def judge(self, norm: Late, step: Step) -> None:
         state = self.state
@@ -197,6 +204,7 @@ class Fit:
 
     def record(self, step: Step, norm: Tensor, nll: Tensor) -> None:
         """Log this step. The only place of the training path where the host waits for the device."""
+        self.settle()
         state, interval = self.state, self.interval
         *by_source, auxiliary = sum_over(self.world, nll.clone()).double().tolist()
         seconds = (time.perf_counter() - interval.started) / max(1, interval.steps)
@@ -251,6 +259,7 @@ class Fit:
         """Save once a step."""
         if self.saved_at != self.state.step:
             started = time.perf_counter()
+            self.settle()
             self.save(self.state)
             self.saved_at = self.state.step
             self.interval.started += time.perf_counter() - started

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.config.cache import cache_folder
+from distft.cache import cache_folder
 from distft.config.schema import Run
 from distft.data import encoder as encoder_module
 from distft.data import formats, rows, template

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from distft.config.cache import cache_folder
+from distft.cache import cache_folder
 from distft.config.schema import Data, Run, Source
 from distft.data.files import files_of, is_hub_id, load_from_hub, load_saved, read_ids
 from distft.data.formats import READERS, Block, read_table, read_text

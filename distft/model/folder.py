@@ -26,7 +26,7 @@ def resolve(run: Run, texts: Callable[[], Iterable[str]]) -> Path:
         UserMistake: the folder is no model that can be trained here, or the hub cannot give it; with the cure.
     """
     if run.model.name == "tiny":
-        from distft.config.cache import cache_folder
+        from distft.cache import cache_folder
         from distft.model.tiny import build_tiny
 
         return build_tiny(run.model.tiny, texts, cache_folder(run.data))

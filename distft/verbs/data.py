@@ -20,7 +20,7 @@ def main(run: Run, sub: str, rows: int) -> int:
     Raises:
         UserMistake: with the knob and the cure.
     """
-    from distft.config.cache import cache_folder
+    from distft.cache import cache_folder
     from distft.data.encode import prepare
     from distft.data.see import report, show_rows
     from distft.data.sources import texts
