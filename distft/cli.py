@@ -127,12 +127,13 @@ def be_rank(argv: list[str], place: Place) -> int:
         # Rank 0 speaks for all; but that it cannot be reached only the other nodes can tell.
         if place.is_main or (isinstance(stop, Stalled) and place.local_rank == 0):
             told(stop)
+        if isinstance(stop, Stalled):  # dropping the frames would wait for the collective that never ends
+            worker.leave_exit_code(place, code)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     finally:
         worker.leave_exit_code(place, code)
-    if code == errors.STALLED:  # leaving in good order would wait for the collective that never ends
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
     return code
 
 

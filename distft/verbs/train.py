@@ -57,6 +57,7 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
 
     stop_requested = SignalFlag()
     world = join(store, run.guard.stall_seconds)
+    stalled = False
     try:
         job = Job.assemble(run, run_dir, world)
         state, resumed = job.restore()
@@ -64,14 +65,16 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
             state.tracker_run = log.wandb_id
             job.train(state, log, stop_requested)
     except RuntimeError as error:
-        if not timed_out(error):
+        stalled = timed_out(error)
+        if not stalled:
             raise
         raise Stalled(
             f"Rank {world.rank} waited longer than guard.stall_seconds={run.guard.stall_seconds:g} for another: a rank "
             f"is stopped, hangs or is unreachable. Look at {run_dir / 'logs'}, then go on with resume={run_dir}."
         ) from error
     finally:
-        leave()
+        if not stalled:  # a group whose collective hangs cannot be left in good order
+            leave()
     return errors.DONE
 
 
