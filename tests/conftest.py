@@ -13,15 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: the cases that need pools share one worker and its pools, every other file goes
-    whole to whichever worker is free."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "parity" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
     """`pool(num_ranks)`: the one pool of that size, started when first asked for and kept for the whole session."""

@@ -135,4 +135,9 @@ def run_job(number: int, words: list[str], folder: Path, place: Place, store: St
 def meet(store: Store, key: str, place: Place) -> None:
     """Wait until every rank has ended this job: the next one wants all of them."""
     store.set(f"{key}/{place.rank}", "")
-    store.wait([f"{key}/{rank}" for rank in range(place.size)], datetime.timedelta(seconds=STOP_SECONDS + 60))
+    patience = datetime.timedelta(seconds=STOP_SECONDS + 60)
+    store.wait([f"{key}/{rank}" for rank in range(place.size)], patience)
+    if place.is_main:  # it serves the store, so it leaves last: the others may still be reading
+        store.wait([f"{key}/{rank}/left" for rank in range(1, place.size)], patience)
+    else:
+        store.set(f"{key}/{place.rank}/left", "")
