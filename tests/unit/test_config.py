@@ -34,7 +34,9 @@ def test_the_embedded_default_is_the_schema_and_the_groups() -> None:
 
 
 def test_the_shipped_defaults_are_those_of_the_design() -> None:
-    run = compose([]).run
+    tiny = compose([]).run
+    assert (tiny.optim.lr, tiny.batch.global_size) == (3e-3, 2)
+    run = compose(["model=hf", "model.path=somewhere"]).run
     expected = {
         "data.sequence_length": 1024,
         "tuning.lora_rank": 16,
