@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distft.weights.write import fsync
+
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -162,18 +164,18 @@ def commit(written: Path, manifest: Manifest) -> Path:
     Killed at any instant, either the step is not there and the ones before it are, or it is there whole.
     """
     write_synced(written / MANIFEST, manifest.text())
-    sync_folder(written)
+    fsync(written)
     digest = _sha256(written / MANIFEST)
     final = written.parent / f"step-{manifest.step:06d}"
     if final.exists():  # the same step from before the run went back behind it
         discard(final)
     os.rename(written, final)
-    sync_folder(final.parent)
+    fsync(final.parent)
     pointer = {"step": manifest.step, "folder": final.name, "manifest_sha256": digest}
     replacement = final.parent / f"{LATEST}.tmp"
     write_synced(replacement, json.dumps(pointer))
     os.replace(replacement, final.parent / LATEST)
-    sync_folder(final.parent)
+    fsync(final.parent)
     return final
 
 
@@ -205,12 +207,3 @@ def write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the folder's own entries (new names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
