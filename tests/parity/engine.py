@@ -77,9 +77,10 @@ def prepared(world: World, case: Case, weights: Weights | None = None) -> Strate
         model = AutoModelForCausalLM.from_config(config(case.recipe.tied), attn_implementation=attention)
     weights = weights or MemoryWeights(base_weights(case.recipe.tied))
     if case.recipe.tuning == "lora":
-        from distft.model.tuning import apply
+        from distft.model import adapters, tuning
 
-        model, adapted = apply(model, run.tuning, weights, seed=0)
+        model, adapted = tuning.apply(model, run.tuning, weights, seed=0)
+        assert adapters.apply(model) == []
         weights = Overlay(adapted, MemoryWeights(adapters_by_peft_name(case.recipe)))
     enable(model, blocks(model), case.checkpointing)
     trainee = Trainee(model)
