@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,15 @@ from distft.perf import memory
 from distft.world import World, seed_everything, seed_of, sum_over
 
 if TYPE_CHECKING:
+    from distft.checkpoint.behind import WriteBehind
     from distft.checkpoint.state import TrainState
     from distft.data.batch import Step
     from distft.data.batches import Plan
     from distft.log import Log
     from distft.strategy.base import Strategy
+
+
+COLLECT_EVERY = 50  # steps between collections of garbage
 
 
 class Late:
@@ -48,27 +54,52 @@ class Late:
 
 
 class Agreement:
-    """A flag that any rank may raise and that all ranks see at the same step, one step after it was raised.
+    """Flags that any rank may raise and that all ranks see at the same step, one step after they were raised.
 
     The reduction of a step is started behind it and awaited behind the next one, so that nothing waits for it.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, num_flags: int) -> None:
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.flags = torch.zeros(num_flags, dtype=torch.int32)  # on the host, whatever the device
         self.pending: Any = None
 
-    def ask(self, raised: bool) -> bool:
-        """Raise the flag or not for this step; returns what all ranks said on the step before."""
+    def ask(self, *raised: bool) -> list[bool]:
+        """Raise each flag or not for this step; returns what any rank said on the step before."""
         if self.group is None:
-            return raised
-        agreed = False
+            return list(raised)
+        agreed = [False] * len(raised)
         if self.pending is not None:
             self.pending.wait()
-            agreed = bool(self.flag.item())
-        self.flag.fill_(int(raised))
-        self.pending = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            agreed = [flag > 0 for flag in self.flags.numpy()]
+        self.flags.numpy()[:] = raised
+        self.pending = dist.all_reduce(self.flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         return agreed
+
+
+def collect_at(step: int) -> None:
+    """Collect garbage where `step`, the same number on all ranks, is due."""
+    if step % COLLECT_EVERY == 0:
+        gc.collect()
+
+
+@contextmanager
+def scheduled_collection() -> Iterator[None]:
+    """Let Python look for garbage where `collect_at` is called alone.
+
+    Python's own schedule stops each rank at another moment, and all wait for the one that is stopped. What lives
+    already, modules and their like, is not looked at again (torchtitan's `gc_freq` is the model).
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 @dataclass
@@ -96,7 +127,7 @@ class Fit:
     eval_source_names: Sequence[str]
     log: Log
     state: TrainState
-    save: Callable[[TrainState], None]  # write a checkpoint; collective
+    checkpoints: WriteBehind
     stop_requested: Callable[[], bool]  # a signal has arrived at this process
     flops: Callable[[Step], float]  # model FLOPs of one global batch
     peak_flops: float | None  # of all ranks together; None where unknown
@@ -110,9 +141,14 @@ class Fit:
         Raises:
             GuardStop: `guard.patience` steps in a row had a non-finite loss or gradient norm.
             SignalStop: a signal arrived; a checkpoint was saved by all ranks at the same step.
+            UserMistake: a checkpoint could not be written; all ranks raise at the same step, soon after.
         """
+        with scheduled_collection():
+            return self.train()
+
+    def train(self) -> str:
         config, state = self.config, self.state
-        agreement = Agreement(self.world)
+        agreement = Agreement(self.world, num_flags=2)
         self.interval = Interval()
         self.saved_at = state.step
         if config.eval.at_start and state.step == 0:
@@ -133,11 +169,16 @@ class Fit:
                 self.checkpoint()
             if out_of_patience:
                 return "early_stopped"
-            if agreement.ask(self.stop_requested()) and state.step < self.num_steps:
+            failed, stop = agreement.ask(self.checkpoints.failed, self.stop_requested())
+            if failed:
+                self.checkpoints.wait()
+            if stop and state.step < self.num_steps:
                 self.checkpoint()
+                self.checkpoints.wait()
                 raise SignalStop(
                     f"Stopped by a signal after step {state.step}; the checkpoint of this step is complete."
                 )
+            collect_at(state.step)
 
         return "done"
 
@@ -256,10 +297,10 @@ class Fit:
         return False
 
     def checkpoint(self) -> None:
-        """Save once a step."""
+        """Take a checkpoint, once a step; it is written behind the next steps."""
         if self.saved_at != self.state.step:
             started = time.perf_counter()
             self.settle()
-            self.save(self.state)
+            self.checkpoints.save(self.state)
             self.saved_at = self.state.step
             self.interval.started += time.perf_counter() - started

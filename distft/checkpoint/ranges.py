@@ -137,6 +137,11 @@ def differing(path: Path, shards: Sequence[Shard]) -> list[str]:
     with safe_open(path, framework="pt") as file:
         for shard in shards:
             stored: Tensor = file.get_tensor(key_of(shard))
-            if not torch.equal(stored.view(torch.int32), shard.tensor.detach().cpu().contiguous().view(torch.int32)):
+            if not equal_bits(stored, shard.tensor):
                 different.append(key_of(shard))
     return different
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two fp32 tensors, on the host or not, hold the same bits: also where they hold no numbers."""
+    return torch.equal(*(tensor.detach().cpu().contiguous().view(torch.int32) for tensor in (one, other)))

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+from safetensors import SafetensorError
 
 from distft.checkpoint import layout, ranges
 from distft.checkpoint.layout import Damaged, Manifest
+from distft.checkpoint.ranks import Ranks
 from distft.errors import NegativeVerdict, UserMistake
 from distft.world import World
 
@@ -54,49 +55,65 @@ class TrainState:
 
 
 def save(run_dir: Path, strategy: Strategy, state: TrainState, world: World, *, keep: int, engine: str) -> Path:
-    """Write the checkpoint of `state.step`; every rank writes its own ranges. Returns the complete step's folder.
+    """Write the checkpoint of `state.step` at once; every rank writes its own ranges. Returns the step's folder.
 
-    `engine`: the strategy's name, for the reader of the manifest. Afterwards only the `keep` newest and the best one
-    are on disk. Collective: all ranks return or all raise.
+    See `write`; behind.py does the same beside training. Collective: all ranks return or all raise.
+    """
+    state.num_updates = strategy.num_updates
+    return write(run_dir, owned(strategy), dataclasses.asdict(state), Ranks(world), keep=keep, engine=engine)
+
+
+def owned(strategy: Strategy) -> list[Shard]:
+    """What this rank puts into a checkpoint."""
+    return list(strategy.shards()) if strategy.writes_shards else []
+
+
+def write(
+    run_dir: Path, shards: Sequence[Shard], values: dict[str, Any], ranks: Ranks, *, keep: int, engine: str
+) -> Path:
+    """Write the checkpoint of a state's `values`, this rank's part being `shards`. Returns the step's folder.
+
+    Each rank writes and syncs its file; once all have, rank 0 makes the step appear and deletes what is not kept. It
+    may run on a thread: it talks to the other ranks over the group of `ranks` alone.
+
+    Args:
+        keep: how many of the newest stay on disk; the best one stays too.
+        engine: the strategy's name, for the reader of the manifest.
 
     Raises:
         UserMistake: a rank could not write (a full disk, a lost mount); the checkpoints before it are untouched.
     """
-    state.num_updates = strategy.num_updates
-    folder = _begin(run_dir, state.step, world)
-    shards = list(strategy.shards()) if strategy.writes_shards else []
+    step = values["step"]
+    folder = _begin(run_dir, step, ranks)
     result: tuple[layout.FileRecord, dict[str, Any]] | str
     try:
-        result = ranges.write(folder / layout.rank_file(world.rank), shards), ranges.coverage(shards)
+        result = ranges.write(folder / layout.rank_file(ranks.world.rank), shards), ranges.coverage(shards)
     except OSError as error:
         result = f"{error.strerror}: {error.filename or folder}"
-    results = _all_gather(result, world)
+    results = ranks.gather(result)
     failures = [f"rank {rank}: {one}" for rank, one in enumerate(results) if isinstance(one, str)]
     if failures:
-        if world.is_main:
+        if ranks.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         raise UserMistake(
-            f"The checkpoint of step {state.step} could not be written ({'; '.join(failures[:3])}). Free space in "
+            f"The checkpoint of step {step} could not be written ({'; '.join(failures[:3])}). Free space in "
             f"{run_dir} or set run.dir to another disk, then go on from the previous checkpoint with resume={run_dir}."
         )
-    final = layout.step_folder(run_dir, state.step)
 
     def finish() -> None:
         kinds, shapes = ranges.complete(coverage for _, coverage in results)
         files = {layout.rank_file(rank): record for rank, (record, _) in enumerate(results)}
-        values = dataclasses.asdict(state)
-        layout.commit(folder, Manifest(state.step, engine, world.size, kinds, shapes, files, values))
-        layout.retain(run_dir, state.step, keep, state.best_step)
+        layout.commit(folder, Manifest(step, engine, ranks.world.size, kinds, shapes, files, values))
+        layout.retain(run_dir, step, keep, values["best_step"])
 
-    _on_main(finish, world)
-    return final
+    ranks.on_main(finish)
+    return layout.step_folder(run_dir, step)
 
 
-def _begin(run_dir: Path, step: int, world: World) -> Path:
+def _begin(run_dir: Path, step: int, ranks: Ranks) -> Path:
     """Make the folder on rank 0; every rank learns its name."""
-    token = secrets.token_hex(4) if world.is_main else ""
-    token = _all_gather(token, world)[0]
-    _on_main(lambda: layout.begin(run_dir, step, token), world)
+    token = ranks.gather(secrets.token_hex(4) if ranks.world.is_main else "")[0]
+    ranks.on_main(lambda: layout.begin(run_dir, step, token))
     return run_dir / layout.CHECKPOINTS / f"step-{step:06d}.tmp-{token}"
 
 
@@ -149,15 +166,15 @@ def _verify(folder: Path, world: World) -> tuple[Manifest | None, list[str]]:
         problems.append(str(error))
     except OSError as error:
         problems.append(f"{error.filename or folder} cannot be read: {error.strerror}")
-    every = [problem for part in _all_gather(problems, world) for problem in part]
+    every = [problem for part in Ranks(world).gather(problems) for problem in part]
     return manifest, list(dict.fromkeys(every))
 
 
 def _fill(folder: Path, manifest: Manifest, strategy: Strategy, world: World) -> None:
     """Read this rank's ranges into the strategy."""
-    shards = list(strategy.shards())
-    mismatches = [one for part in _all_gather(_mismatches(manifest, shards), world) for one in part]
-    names = {name for part in _all_gather([shard.name for shard in shards], world) for name in part}
+    shards, ranks = list(strategy.shards()), Ranks(world)
+    mismatches = [one for part in ranks.gather(_mismatches(manifest, shards)) for one in part]
+    names = {name for part in ranks.gather([shard.name for shard in shards]) for name in part}
     mismatches += [f"{name} is not trained now" for name in manifest.shapes if name not in names]
     if mismatches:
         raise UserMistake(
@@ -171,7 +188,7 @@ def _fill(folder: Path, manifest: Manifest, strategy: Strategy, world: World) ->
         ranges.read([folder / layout.rank_file(rank) for rank in order], shards)
     except Damaged as error:
         problem = str(error)
-    problems = [one for one in _all_gather(problem, world) if one]
+    problems = [one for one in ranks.gather(problem) if one]
     if problems:  # the hashes were right, so this is not the disk
         raise RuntimeError(f"a checkpoint whose hashes are right does not hold what it should: {problems[0]}")
     strategy.refresh()
@@ -191,16 +208,18 @@ def _mismatches(manifest: Manifest, shards: list[Shard]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def verify_saved(folder: Path, strategy: Strategy, world: World) -> None:
-    """Re-read what this rank wrote and compare it bit for bit with what it trains. Collective.
+def verify_saved(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> None:
+    """Re-read what this rank wrote and compare it bit for bit with `shards`. Collective.
 
     Raises:
         NegativeVerdict: the disk does not hold what was written.
     """
     wrong: list[str] = []
-    if strategy.writes_shards:
-        wrong = ranges.differing(folder / layout.rank_file(world.rank), list(strategy.shards()))
-    every = [f"{key} of rank {rank}" for rank, keys in enumerate(_all_gather(wrong, world)) for key in keys]
+    try:
+        wrong = ranges.differing(folder / layout.rank_file(ranks.world.rank), shards) if shards else []
+    except (OSError, SafetensorError) as error:
+        wrong = [f"the file ({error})"]
+    every = [f"{key} of rank {rank}" for rank, keys in enumerate(ranks.gather(wrong)) for key in keys]
     if every:
         raise NegativeVerdict(
             f"{folder} does not hold what was trained: {', '.join(every[:3])}. The disk of run.dir loses data."
@@ -214,7 +233,7 @@ def hash_base(folder: Path, world: World) -> dict[str, str]:
     """
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     part = {name: ranges.hash_file(folder / name) for name in names[world.rank :: world.size]}
-    return {name: digest for one in _all_gather(part, world) for name, digest in sorted(one.items())}
+    return {name: digest for one in Ranks(world).gather(part) for name, digest in sorted(one.items())}
 
 
 def check_base(state: TrainState, hashes: dict[str, str], folder: Path) -> None:
@@ -231,34 +250,3 @@ def check_base(state: TrainState, hashes: dict[str, str], folder: Path) -> None:
             f"model.path: {folder / changed[0]} is not the file that the checkpoint was trained on. Bring back the "
             "base model of that run, or start a new run with resume=never."
         )
-
-
-# --- all ranks alike --------------------------------------------------------------------------------------------------
-
-
-def _all_gather(value: Any, world: World) -> list[Any]:
-    """Every rank's `value`, in order of rank."""
-    if world.size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _on_main(action: Callable[[], Any], world: World) -> None:
-    """Run on rank 0; the others wait for it, and where it raises, all ranks raise."""
-    problem: tuple[str, bool] | None = None
-    if world.is_main:
-        try:
-            action()
-        except OSError as error:
-            problem = f"{error.strerror}: {error.filename}", True
-        except Exception as error:  # told on every rank instead of leaving the others in a collective
-            problem = f"{type(error).__name__}: {error}", False
-    problem = _all_gather(problem, world)[0]
-    if problem is None:
-        return
-    text, of_the_disk = problem
-    if of_the_disk:
-        raise UserMistake(f"The checkpoint could not be written ({text}). Set run.dir to another disk, then resume.")
-    raise RuntimeError(text)

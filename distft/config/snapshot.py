@@ -31,6 +31,7 @@ NOT_COMPUTED = (
     "data.cache_dir",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.background",
     "eval.samples",
     "eval.max_new_tokens",
     "guard.stall_seconds",

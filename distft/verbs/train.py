@@ -101,7 +101,6 @@ class Job:
     num_trained: int
     notes: list[str]
     base_hashes: dict[str, str]
-    compared_a_checkpoint: bool = False
 
     @classmethod
     def assemble(cls, run: Run, run_dir: Path, world: World) -> Job:
@@ -109,7 +108,7 @@ class Job:
         from distft.checkpoint.state import hash_base
         from distft.data.batches import Plan
         from distft.data.cache import open_prepared
-        from distft.model import activation, kernels, tuning
+        from distft.model import activation, adapters, kernels, tuning
         from distft.model.load import blocks, build
         from distft.model.mapping import open_weights
         from distft.objective.trainee import Trainee
@@ -129,6 +128,7 @@ class Job:
             model = build(folder, run, prepared.attention)
         model, weights = tuning.apply(model, run.tuning, open_weights(folder, model), run.seed)
         layers = blocks(model)
+        adapter_notes = adapters.apply(model)
         kernel_notes = kernels.apply(model, run.model.kernels, world.device)
         activation.enable(model, layers, run.activation.mode)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -149,7 +149,7 @@ class Job:
             strategy=strategy,
             cost=cost,
             num_trained=num_trained,
-            notes=[*prepared.notes, *kernel_notes, *trainee.notes],
+            notes=[*prepared.notes, *adapter_notes, *kernel_notes, *trainee.notes],
             base_hashes=hash_base(folder, world) if run.tuning.method == "lora" else {},
         )
 
@@ -181,6 +181,7 @@ class Job:
 
     def train(self, state: TrainState, log: Log, stop_requested: SignalFlag) -> None:
         """Fit, then write and check what was trained. `result.json` tells the end, whatever it was."""
+        from distft.checkpoint.behind import WriteBehind
         from distft.data.batches import Prefetch
         from distft.loop import Fit
         from distft.perf import peak_flops
@@ -193,6 +194,7 @@ class Job:
         if state.step:
             log.say(f"Going on after step {state.step} of {self.num_steps}")
         peak = peak_flops(self.world.device, self.precision)
+        checkpoints = WriteBehind(self.run, self.run_dir, self.strategy, self.world)
         fit = Fit(
             config=self.run,
             world=self.world,
@@ -205,13 +207,14 @@ class Job:
             eval_source_names=[source.name for source in self.data.eval],
             log=log,
             state=state,
-            save=self.save,
+            checkpoints=checkpoints,
             stop_requested=stop_requested,
             flops=self.cost.of_step,
             peak_flops=peak * self.world.size if peak else None,
         )
         try:
-            status = fit.run()
+            with checkpoints:
+                status = fit.run()
             samples = self.finish(status, state, log)
         except Stop as stop:
             if self.world.is_main:
@@ -223,16 +226,6 @@ class Job:
         log.finish(status, summary_of(state))
         if self.world.is_main:
             tell_the_end(self.run, self.run_dir, state, samples)
-
-    def save(self, state: TrainState) -> None:
-        """A checkpoint; the first one of a process is read again and compared bit for bit with what is trained."""
-        from distft.checkpoint.state import save, verify_saved
-
-        keep, engine = self.run.checkpoint.keep, self.run.strategy.name
-        folder = save(self.run_dir, self.strategy, state, self.world, keep=keep, engine=engine)
-        if not self.compared_a_checkpoint:
-            verify_saved(folder, self.strategy, self.world)
-            self.compared_a_checkpoint = True
 
     def finish(self, status: str, state: TrainState, log: Log) -> list[dict[str, str]]:
         """Write `final/` and compare it with what was trained, then sample answers. Collective."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from distft.checkpoint import layout
-from distft.checkpoint.state import TrainState, check_base, hash_base, load, peek, save, verify_saved
+from distft.checkpoint.ranks import Ranks
+from distft.checkpoint.state import TrainState, check_base, hash_base, load, owned, peek, save, verify_saved
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, UserMistake
 from distft.strategy.base import Strategy
@@ -65,7 +66,7 @@ def uninterrupted(world: World, case: Case, folder: Path) -> Half:
     steps(strategy, world, case, 0)
     state = TrainState(HALF, cursor={"epoch": 0, "bins": {"a": 3}}, best=0.5, best_step=3, identity={"seed": 1})
     saved = save(folder, strategy, state, world, keep=2, engine=case.strategy)
-    verify_saved(saved, strategy, world)
+    verify_saved(saved, owned(strategy), Ranks(world))
     return steps(strategy, world, case, HALF)
 
 
@@ -261,7 +262,7 @@ def reread(world: World, folder: Path, damaged: bool) -> None:
         flip_a_bit(saved / layout.rank_file(0))
     if world.size > 1:
         torch.distributed.barrier()
-    verify_saved(saved, strategy, world)
+    verify_saved(saved, owned(strategy), Ranks(world))
 
 
 def test_what_was_written_is_compared_with_what_is_trained(pool: Callable[[int], Pool], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from distft.config.schema.knob import choice
 
@@ -53,7 +54,13 @@ class Batch:
 @dataclass
 class Activation:
     mode: str = choice("none", "selective", "full")
-    """Gradient checkpointing: selective keeps matrix products and attention, full keeps only block inputs."""
+    """Gradient checkpointing: selective keeps matrix products and attention, full keeps only block inputs. With a
+    budget it names how the chosen blocks are checkpointed; none then means selective, or full where that is too
+    little."""
+
+    budget: float | None = None
+    """GiB a rank for what forward passes keep for backward ones (weights, gradients and optimizer not counted): the
+    fewest blocks that make the largest micro-batch fit are checkpointed. Not set: every block, as `mode` says."""
 
 
 @dataclass
@@ -84,6 +91,10 @@ class Checkpoint:
 
     mode: str = choice("min", "max")
     """Whether a smaller or a larger value of `checkpoint.best` is better."""
+
+    background: Any = choice("auto", True, False)  # noqa: RUF009 (a field, seen through `Any`)
+    """Write behind training, from a copy in host memory (12 bytes a trained parameter under AdamW, divided by the
+    ranks). auto: where the copies take at most half of the host memory left, else training waits for the disk."""
 
 
 @dataclass
