@@ -51,7 +51,7 @@ def apply(model: Any) -> list[str]:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def adapter_of(layer: nn.Module) -> str | None:
+def adapter_of(layer: Any) -> str | None:
     """The name of the one plain adapter that `layer` adds to a frozen linear layer; None for every other module."""
     from peft.tuners.lora.layer import Linear
 
@@ -142,7 +142,8 @@ def fuse(model: nn.Module, siblings: Siblings) -> None:
     for parent in model.modules():
         found = {name: adapter_of(child) for name, child in parent.named_children()}
         members = {name: Member.of(getattr(parent, name), adapter) for name, adapter in found.items() if adapter}
-        groups = [[members.pop(name) for name in names if name in members] for names in siblings.get(kind_of(parent), [])]
+        shared = siblings.get(kind_of(parent), [])
+        groups = [[members.pop(name) for name in names if name in members] for names in shared]
         for together in groups:
             install(Group(together))
         if any(len(together) > 1 for together in groups):
@@ -168,8 +169,9 @@ def leave_activations_uncast(model: nn.Module) -> None:
     """PEFT casts a layer's input to the adapter's type; under autocast the adapter casts it back at once."""
     from peft.tuners.lora.layer import Linear
 
-    for layer in model.modules():
-        if type(layer) is Linear and not layer.lora_variant:
+    layers: list[Any] = [module for module in model.modules() if type(module) is Linear]
+    for layer in layers:
+        if not layer.lora_variant:
             layer._cast_input_dtype = functools.partial(cast_unless_autocast, layer._cast_input_dtype)
 
 
