@@ -17,7 +17,7 @@ from distft.config.data_rules import data, files, looks_local, sources
 from distft.config.given import all_knobs, ignored, is_default, value_of
 from distft.config.ranges import RANGES
 from distft.config.schema import Run, Source
-from distft.config.schema.strategy import ZERO
+from distft.config.schema.strategy import FSDP, ZERO
 from distft.config.words import knobs, nearest, sections
 
 
@@ -159,6 +159,17 @@ def strategy(run: Run) -> Iterator[str]:
         from distft.config.deepspeed import problems
 
         yield from problems(run)
+    if name not in FSDP:
+        names = ["strategy.reshard_after_forward", "strategy.gradient_sync"]
+        yield from ignored(run, names, f"with strategy={name} (FSDP2 alone reads it: {', '.join(FSDP)})")
+    drops = run.strategy.reshard_after_forward
+    if drops != "auto" and not isinstance(drops, bool) and not (isinstance(drops, int) and drops >= 2):
+        yield f"strategy.reshard_after_forward={drops}: auto, true, false or a number of ranks from 2 is wanted."
+    if name == "hsdp" and run.strategy.communication != "fp32":
+        yield (
+            "strategy.communication=bf16 has no effect on the sums between hsdp's copies. Use strategy=fsdp, or leave "
+            "it at fp32."
+        )
     size = run.strategy.shard_size
     if name != "hsdp":
         yield from ignored(run, ["strategy.shard_size"], f"with strategy={name} (only hsdp has shard groups)")

@@ -27,7 +27,7 @@ DIAGNOSTICS: dict[str, type] = {
 """Keys beside `zero_optimization` that may be given."""
 
 ONE_STEP = "batch.global_size and batch.micro_size decide it"
-GRADIENTS = "distft sums gradients over all ranks in fp32"
+GRADIENTS = "distft sums gradients over all ranks"
 SAVING = "distft writes its own checkpoints: checkpoint.every, checkpoint.keep"
 TRACKING = "choose a tracker with log=wandb or log=tensorboard"
 ABSENT = "distft does not use this part of DeepSpeed"
@@ -42,7 +42,7 @@ OWNED: dict[str, str] = {
     "bfloat16": "use precision",
     "checkpoint": SAVING,
     "comet": TRACKING,
-    "communication_data_type": GRADIENTS,
+    "communication_data_type": "use strategy.communication",
     "compile": ABSENT,
     "compression_training": REMOVED,
     "csv_monitor": "metrics.jsonl has every record",

@@ -36,6 +36,7 @@ class Ddp:
 
     def __init__(self, run: Run, world: World, precision: str) -> None:
         self.clip = run.optim.clip
+        self.communication = torch.bfloat16 if run.strategy.communication == "bf16" else torch.float32
         self.world = world
         self.precision = precision
         self.last = True  # whether this backward pass ends the step
@@ -115,5 +116,6 @@ def sum_over_ranks(strategy: Ddp, bucket: dist.GradBucket) -> torch.futures.Futu
     """
     if not strategy.last:
         return noop_hook(None, bucket)
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    gradients = bucket.buffer()
+    future = dist.all_reduce(gradients.to(strategy.communication), async_op=True).get_future()  # `to`: itself in fp32
+    return future.then(lambda done: gradients.copy_(done.value()[0]))

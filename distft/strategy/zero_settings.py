@@ -30,7 +30,7 @@ def settings(run: Run, world: World, bf16: bool, num_trained: int) -> dict[str, 
         "managed_gradient_accumulation": False,  # the loop's call of `step` is the boundary
         "gradient_clipping": run.optim.clip,  # absent would mean 1.0; 0.0: none
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
-        "communication_data_type": "fp32",
+        "communication_data_type": run.strategy.communication,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,  # SGD
