@@ -30,6 +30,8 @@ class Request(NamedTuple):
     num_rows: int
     targets: Tensor | None  # [n] int64, or None for logits
     chunk: int
+    way: str = "chunked"  # these two as in loss.HeadRequest
+    by_position: bool = True
 
 
 class Answer(NamedTuple):
@@ -75,7 +77,8 @@ def _forward_to_head(own: Callable[..., Any], head: nn.Module, tail: Tail) -> Ca
             options["output_router_logits"] = True
         outputs = causal.base_model(*arguments, **options)
         hidden = select(outputs.last_hidden_state, request)
-        result = head(hidden, request=HeadRequest(tail, request.targets, request.chunk))
+        asked = HeadRequest(tail, request.targets, request.chunk, request.way, request.by_position)
+        result = head(hidden, request=asked)
         return Answer(result, balance_loss(causal, outputs.router_logits, options) if balanced else None)
 
     return forward

@@ -2,8 +2,9 @@
 
 For every chunk of supervised positions the logits are made, the loss and the gradients of hidden states and head
 weights are taken from them at once, in the forward pass, and the logits are dropped (the idea of Liger-Kernel's fused
-linear cross-entropy, Hsu et al. 2024, and of Cut Cross-Entropy, Wijmans et al. 2025). The largest temporary is
-[chunk, vocabulary] in fp32; besides it the head's gradient exists once, in fp32 while it is summed.
+linear cross-entropy, Hsu et al. 2024, and of Cut Cross-Entropy, Wijmans et al. 2025). The largest temporaries are
+[chunk, vocabulary] in fp32; besides them the head's gradient exists once, in fp32 while it is summed. The arithmetic
+itself, in more than one way, is in distft.model.cross_entropy.
 
 The head keeps its module and its name. Only this instance's `forward` learns to answer a `HeadRequest`, because only a
 call of the module fires the engines' gather hooks: outside, ZeRO-3's weight is empty and FSDP2's is a DTensor.
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from distft.model.cross_entropy import WAYS
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class HeadRequest(NamedTuple):
     tail: Tail
     targets: Tensor | None  # [positions] int64: the loss is wanted; None: fp32 logits [positions, vocabulary]
     chunk: int  # positions whose logits exist at a time
+    way: str = "chunked"  # of distft.model.cross_entropy
+    by_position: bool = True  # whether the NLL of every position is wanted, or only their sum
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -64,11 +69,14 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """hidden: [positions, dim]; weight: [vocabulary, dim]; needs: gradients wanted of hidden, weight and bias.
 
-        Returns the sum, scalar fp32, and the NLL of each position, [positions] fp32 (without a gradient). Matrix
-        products run in the dtype of autocast if that is on, else of the weight; softmax and sums run in fp32.
+        Returns the sum, scalar fp32, and the NLL of each position, [positions] fp32 (without a gradient; anything of
+        the same sum where `request.by_position` is off). Matrix products run in the dtype of autocast if that is on,
+        else of the weight; softmax and sums run in fp32.
         """
+        dtype = compute_dtype(weight)
+        way = WAYS[request.way if any(needs) else "chunked"]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            nll, ctx.gradients = chunked(hidden, weight, bias, request, needs, compute_dtype(weight))
+            nll, ctx.gradients = way(hidden.to(dtype), weight.to(dtype), bias, request, needs)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         total = nll.sum()
         ctx.poison = total * 0  # NaN where the loss is not finite, so that every rank sees a norm that is not finite
@@ -92,63 +100,6 @@ class ChunkedLoss(torch.autograd.Function):
 def compute_dtype(weight: Tensor) -> torch.dtype:
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    request: HeadRequest,
-    needs: tuple[bool, ...],
-    dtype: torch.dtype,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """NLL of each position and the gradients of its sum: of hidden in `dtype`, of weight and bias in fp32."""
-    tail, targets = request.tail, request.targets
-    assert targets is not None
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    for_hidden = torch.empty_like(hidden) if needs[0] else None
-    for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
-    for_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if needs[2] else None
-
-    for start in range(0, len(hidden), request.chunk):
-        part = slice(start, start + request.chunk)
-        target = targets[part, None]
-        logits = torch.mm(hidden[part], weight.T)  # not F.linear, which DeepSpeed replaces during a pass
-        if bias is not None:
-            logits.add_(bias)
-        logits = tail(logits.float())
-        normaliser = logits.logsumexp(dim=1, keepdim=True)
-        nll[part] = (normaliser - logits.gather(1, target)).squeeze(1)
-        if not any(needs):
-            continue
-        slope = None if tail.softcap is None else 1 - (logits / tail.softcap).square_()
-        gradient = logits.sub_(normaliser).exp_()  # softmax
-        gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-        if slope is not None:
-            gradient.mul_(slope)
-        if tail.scale != 1.0:
-            gradient.mul_(tail.scale)
-        if for_bias is not None:
-            for_bias += gradient.sum(dim=0)
-        low = gradient.to(dtype)
-        if for_hidden is not None:
-            torch.mm(low, weight, out=for_hidden[part])
-        if for_weight is not None:
-            add_product(for_weight, low, hidden[part])
-    return nll, (for_hidden, for_weight, for_bias)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left.T @ right, summed in fp32 whatever the factors' dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    elif total.device.type == "cpu":
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
-    elif total.device.type == "cuda" and torch.version.hip is None:
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)  # low-precision factors, fp32 sum
-    else:
-        total.add_(torch.mm(left.T, right))
 
 
 def head_forward(head: nn.Linear, hidden: Tensor, request: HeadRequest | None = None) -> Any:

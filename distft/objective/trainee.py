@@ -68,6 +68,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = model
         self.vocab_chunk = vocab_chunk
+        self.head_way = "chunked"  # see distft.model.cross_entropy
         config: Any = model.config
         config.use_cache = False
         self.config = config
@@ -96,7 +97,8 @@ class Trainee(nn.Module):
             inputs |= packed_arguments(
                 self.config, batch.position_ids, batch.cu_seqlens, batch.max_length, batch.lengths, self.dtype
             )
-        answer = self.model(**inputs, request=self.ask(batch.positions, batch.input_ids, batch.targets))
+        asked = self.ask(batch.positions, batch.input_ids, batch.targets, by_position=request.num_sources > 1)
+        answer = self.model(**inputs, request=asked)
         total, nll = answer.result
         loss, auxiliary = total * request.scale, torch.zeros_like(total)
         if answer.auxiliary is not None:
@@ -105,9 +107,11 @@ class Trainee(nn.Module):
         by_source, counts = sums_by_source(nll.detach(), batch.sources, request.num_sources)
         return LossSums(loss, by_source, counts, auxiliary.detach())
 
-    def ask(self, positions: Tensor, input_ids: Tensor, targets: Tensor | None) -> Request:
+    def ask(
+        self, positions: Tensor, input_ids: Tensor, targets: Tensor | None, by_position: bool = True
+    ) -> Request:
         num_rows, length = input_ids.shape
-        return Request(positions, length, num_rows, targets, self.vocab_chunk)
+        return Request(positions, length, num_rows, targets, self.vocab_chunk, self.head_way, by_position)
 
     def inputs(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward; those it does not know (a Mamba has no positions) are left out."""
@@ -132,7 +136,7 @@ class Trainee(nn.Module):
 def sums_by_source(nll: Tensor, sources: Tensor, num_sources: int) -> tuple[Tensor, Tensor]:
     """Sums of NLL and numbers of supervised tokens by source, [num_sources] fp32 each; the same bits in every run."""
     if num_sources == 1:
-        return nll.sum()[None], torch.full((1,), float(nll.numel()), device=nll.device)
+        return nll.sum()[None], torch.full((1,), float(sources.numel()), device=nll.device)
     member = sources == torch.arange(num_sources, device=nll.device)[:, None]  # [num_sources, supervised]
     return torch.where(member, nll, 0.0).sum(dim=1), member.sum(dim=1).float()
 

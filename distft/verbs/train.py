@@ -105,10 +105,11 @@ class Job:
     @classmethod
     def assemble(cls, run: Run, run_dir: Path, world: World) -> Job:
         """Open the data, build the model on meta, lay it over the ranks and stream its weights in."""
+        from distft.cache import cache_folder
         from distft.checkpoint.state import hash_base
         from distft.data.batches import Plan
         from distft.data.cache import open_prepared
-        from distft.model import activation, adapters, kernels, tuning
+        from distft.model import activation, adapters, head_trial, kernels, tuning
         from distft.model.load import blocks, build
         from distft.model.mapping import open_weights
         from distft.objective.trainee import Trainee
@@ -135,6 +136,9 @@ class Job:
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         cost = cost_of(model, layers)
         trainee = Trainee(model)
+        micro_tokens, cache = length * run.batch.micro_size, cache_folder(run.data)
+        several = len(data.train) > 1
+        head_notes = head_trial.settle(trainee, run.model.head, world, precision, micro_tokens, several, cache)
         strategy.prepare(trainee, layers, weights, partial(make_optimizer, shapes=shapes, optim=run.optim))
         return cls(
             run=run,
@@ -149,7 +153,7 @@ class Job:
             strategy=strategy,
             cost=cost,
             num_trained=num_trained,
-            notes=[*prepared.notes, *adapter_notes, *kernel_notes, *trainee.notes],
+            notes=[*prepared.notes, *adapter_notes, *kernel_notes, *head_notes, *trainee.notes],
             base_hashes=hash_base(folder, world) if run.tuning.method == "lora" else {},
         )
 

@@ -34,6 +34,15 @@ class Model:
     kernels: str = choice("auto", "liger", "none")
     """Fused RMSNorm, RoPE and SwiGLU from liger-kernel; auto: on CUDA where installed and known for this model."""
 
+    head: str = choice("auto", "chunked", "liger", "torch")
+    """How the head's loss is computed. chunked: in plain torch. liger: with liger-kernel's kernel. torch: by its own
+    linear_cross_entropy (torch >= 2.13). auto: chunked on a CPU, on CUDA the fastest in a short trial (kept in the
+    cache)."""
+
+    compile: bool = False
+    """torch.compile of every transformer block, in training passes: faster steps after minutes of compiling. Needs a
+    C++ compiler on a CPU, Triton on a GPU."""
+
     trust_remote_code: bool = False
     """Run Python that lies in the model's folder. Only for folders you have read."""
 
