@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 VARLEN = "varlen"
 
@@ -218,9 +218,6 @@ def torch_varlen(
     return out
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """The mask of `varlen`: none is made."""
-
-
+# No mask function is registered beside it: transformers then makes no mask at all, and does not look into the positions
+# for documents either, where the host would wait for the device in every forward pass.
 AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, no_mask)
