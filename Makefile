@@ -23,8 +23,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 train: .venv/.runtime
 	@deepspeed train.py $(ARGS)
 
+# All tests on up to four workers; some of them in this process, where a debugger works.
+ALL_TESTS := --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
 test: .venv/.dev
-	@python -m pytest $(ARGS)
+	@python -m pytest $(or $(ARGS),$(ALL_TESTS))
 
 lint: .venv/.dev
 	@ruff check .

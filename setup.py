@@ -14,6 +14,7 @@ EXTRAS = {
         "matplotlib>=3.10",
         "mypy>=2.4",
         "pytest>=9",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         "setuptools>=77",
         "types-PyYAML",

@@ -23,11 +23,10 @@ LAYOUTS = [
 ] + [("hsdp", 4)]
 RECIPES = {
     "full-sgd": Recipe(),
+    "full-sgd-tied-clipped": Recipe(tied=True, clip=1.5),
     "full-adamw": Recipe(optimizer="adamw", lr=0.01),
-    "tied-sgd-clipped": Recipe(tied=True, clip=1.5),
-    "tied-adamw": Recipe(optimizer="adamw", lr=0.01, tied=True),
     "lora-sgd": Recipe(tuning="lora"),
-    "lora-adamw-clipped": Recipe(tuning="lora", optimizer="adamw", lr=0.01, tied=True, clip=1.0),
+    "lora-adamw-tied-clipped": Recipe(tuning="lora", optimizer="adamw", lr=0.01, tied=True, clip=1.0),
 }
 
 

@@ -99,14 +99,34 @@ def alike(one: Half, other: Half) -> bool:
     return numbers and same(one.ranges, other.ranges) and same(one.weights, other.weights)
 
 
+Trained = Callable[[Case, int], tuple[list[Half], Path]]
+
+
+@pytest.fixture(scope="module")
+def trained(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """`trained(case, num_ranks)`: the second half of an uninterrupted run, and where its checkpoint lies.
+
+    Computed once for all tests of this file, which only read it.
+    """
+    known: dict[tuple[Case, int], tuple[list[Half], Path]] = {}
+
+    def once(case: Case, num_ranks: int) -> tuple[list[Half], Path]:
+        if (case, num_ranks) not in known:
+            folder = tmp_path_factory.mktemp("trained")
+            known[case, num_ranks] = pool(num_ranks).run(uninterrupted, case, folder), folder
+        return known[case, num_ranks]
+
+    return once
+
+
 @pytest.mark.parametrize("recipe_name", RECIPES)
 @pytest.mark.parametrize(("strategy", "num_ranks"), LAYOUTS)
 def test_ten_steps_are_five_and_five(
-    pool: Callable[[int], Pool], tmp_path: Path, strategy: str, num_ranks: int, recipe_name: str
+    pool: Callable[[int], Pool], trained: Trained, strategy: str, num_ranks: int, recipe_name: str
 ) -> None:
     case = Case(strategy, 1, RECIPES[recipe_name])
-    whole = pool(num_ranks).run(uninterrupted, case, tmp_path)
-    again = pool(num_ranks).run(resumed, case, tmp_path)
+    whole, folder = trained(case, num_ranks)
+    again = pool(num_ranks).run(resumed, case, folder)
     for one, other in zip(whole, again, strict=True):
         assert alike(one, other)
         assert other.num_updates == 2 * HALF
@@ -127,11 +147,13 @@ def test_ten_steps_are_five_and_five_in_bf16(
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2"])
-def test_a_host_optimizer_resumes_too(pool: Callable[[int], Pool], tmp_path: Path, zero: str) -> None:
+def test_a_host_optimizer_resumes_too(
+    pool: Callable[[int], Pool], trained: Trained, tmp_path: Path, zero: str
+) -> None:
     case = Case(zero, 1, FULL)
     whole = pool(2).run(offloaded, case, tmp_path, uninterrupted)
     again = pool(2).run(offloaded, case, tmp_path, resumed)
-    plain = pool(2).run(uninterrupted, case, tmp_path / "plain")
+    plain, _ = trained(case, 2)
     for one, other, near in zip(whole, again, plain, strict=True):
         assert alike(one, other)
         assert one.losses == pytest.approx(near.losses, rel=1e-5)
@@ -166,11 +188,11 @@ def offloaded(world: World, case: Case, folder: Path, half: Callable[[World, Cas
     ],
 )
 def test_another_engine_and_number_of_ranks_goes_on(
-    pool: Callable[[int], Pool], tmp_path: Path, written: tuple[str, int], read: tuple[str, int], recipe_name: str
+    pool: Callable[[int], Pool], trained: Trained, written: tuple[str, int], read: tuple[str, int], recipe_name: str
 ) -> None:
     recipe = RECIPES[recipe_name]
-    whole = pool(written[1]).run(uninterrupted, Case(written[0], 1, recipe), tmp_path)[0]
-    other = pool(read[1]).run(resumed, Case(read[0], 2, recipe), tmp_path)[0]
+    [whole, *_], folder = trained(Case(written[0], 1, recipe), written[1])
+    other = pool(read[1]).run(resumed, Case(read[0], 2, recipe), folder)[0]
     assert other.losses == pytest.approx(whole.losses, rel=1e-5)
     assert other.norms == pytest.approx(whole.norms, rel=1e-5)
     assert other.weights.keys() == whole.weights.keys()
@@ -181,12 +203,12 @@ def test_another_engine_and_number_of_ranks_goes_on(
 @pytest.mark.parametrize("harm", ["no refresh", "no moments", "no number of updates"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_what_loading_must_not_leave_out(
-    pool: Callable[[int], Pool], tmp_path: Path, strategy: str, harm: str
+    pool: Callable[[int], Pool], trained: Trained, strategy: str, harm: str
 ) -> None:
     """Negative control of the equality above."""
     case = Case(strategy, 1, FULL)
-    whole = pool(2).run(uninterrupted, case, tmp_path)
-    again = pool(2).run(resumed, case, tmp_path, harm)
+    whole, folder = trained(case, 2)
+    again = pool(2).run(resumed, case, folder, harm)
     assert not any(alike(one, other) for one, other in zip(whole, again, strict=True))
 
 
