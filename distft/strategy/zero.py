@@ -31,6 +31,7 @@ from distft.strategy.base import Shard
 from distft.strategy.birth import has_separate_experts, persistent_buffers
 from distft.strategy.zero_partition import Partition, allocate, full_shape, keep_experts_together, own_range
 from distft.strategy.zero_settings import STAGES, settings
+from distft.strategy.zero_start import frugal, import_muon
 from distft.world import World
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class Zero:
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
         optimizer = make_optimizer(list(self.trained.items()))
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory reports
+        import_muon()
+        with contextlib.redirect_stdout(io.StringIO()), frugal():  # BF16_Optimizer prints memory reports
             self.engine, *_ = deepspeed.initialize(model=Envelope(trainee, self.world, self.autocast),
                                                    optimizer=optimizer, config=config)
         self.optimizer: Optimizer = self.engine.basic_optimizer
