@@ -127,8 +127,12 @@ def computed(members: list[Member], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype
+
+
+def under_autocast(x: Tensor) -> bool:
+    device = x.device.type  # meta, when shapes alone are asked for, has no autocast
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def fused_forward(group: Group, member: Member, own: Callable[..., Tensor], x: Tensor, *args: Any, **kw: Any) -> Tensor:
@@ -159,6 +163,8 @@ def install(group: Group) -> None:
 
 def forget(parent: nn.Module, *_: object) -> None:
     """Let go of outputs that no sibling came for, also where the parent's pass was cut short (a recomputation is)."""
+    if torch.compiler.is_compiling():  # nothing is held then
+        return
     for child in parent.children():
         forward = vars(child).get("forward")
         if isinstance(forward, functools.partial) and forward.func is fused_forward:
@@ -176,7 +182,7 @@ def leave_activations_uncast(model: nn.Module) -> None:
 
 
 def cast_unless_autocast(cast: Callable[..., Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if torch.is_autocast_enabled(x.device.type) else cast(x, dtype)
+    return x if under_autocast(x) else cast(x, dtype)
 
 
 # --- proof -----------------------------------------------------------------------------------------------------------

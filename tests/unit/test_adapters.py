@@ -298,6 +298,29 @@ def test_nothing_is_held_and_everything_right_whatever_siblings_do(way: str) -> 
     assert gone() is None
 
 
+def test_compiled_code_is_peft_s() -> None:
+    """One graph, no break: torch.compile fuses what PEFT wrote."""
+    plain, model, group = pair()
+    x = torch.randn(3, 6)
+    expected = plain(x, "both")
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    for one, other in zip(compiled(x, "both"), expected, strict=True):
+        assert torch.equal(one, other)
+        assert nodes(one) == 0
+    assert nodes(model(x, "both")[0]) == 1
+    assert group.outputs == {}
+
+
+def test_shapes_alone() -> None:
+    """On meta as well, where plans and estimates are made."""
+    _, model, _ = pair()
+    x = torch.randn(3, 6, device="meta", requires_grad=True)
+    outputs = model.to("meta")(x, "both")
+    assert [tuple(each.shape) for each in outputs] == [(3, 5), (3, 4)]
+    sum(each.sum() for each in outputs).backward()
+    assert x.grad.shape == x.shape
+
+
 def test_an_output_nobody_used_has_no_gradient() -> None:
     plain, model, _ = pair()
     x = torch.randn(3, 6, requires_grad=True)
