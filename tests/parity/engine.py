@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Case:
     wrong_factor: float = 1.0  # another one: all gradients times this
     poisoned: tuple[int, int] | None = None  # (step, rank) whose loss is not a number
     kept: bool = True  # False: gradients are dropped
+    options: tuple[tuple[str, Any], ...] = ()  # further knobs of `strategy`
+    backend: str = ""  # torch.compile of every block by this one
 
 
 def run_of(case: Case) -> Run:
@@ -56,6 +59,8 @@ def run_of(case: Case) -> Run:
     recipe = case.recipe
     run.strategy.name = case.strategy
     run.strategy.shard_size = 2
+    for name, value in case.options:
+        setattr(run.strategy, name, value)
     if case.strategy.startswith("zero3"):  # tiny parameters would stay whole on every rank, and nothing be partitioned
         run.strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     run.precision = case.precision
@@ -82,6 +87,10 @@ def prepared(world: World, case: Case, weights: Weights | None = None) -> Strate
         model, adapted = tuning.apply(model, run.tuning, weights, seed=0)
         assert adapters.apply(model) == []
         weights = Overlay(adapted, MemoryWeights(adapters_by_peft_name(case.recipe)))
+    if case.backend:
+        from distft.model import compile
+
+        compile.enable(blocks(model), world.device, case.backend)
     enable(model, blocks(model), case.checkpointing)
     trainee = Trainee(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
