@@ -184,26 +184,29 @@ def shard(
     if head is not None:
         apply(head, mp_policy=as_it_comes, reshard_after_forward=False)
     apply(trainee, mp_policy=policy, reshard_after_forward=False)
-    chain = [module for module in (trainee, embedding, *blocks, head) if isinstance(module, FSDPModule)]
+    groups = sharded_among([trainee, embedding, *blocks, head])
+    through = sharded_among(reversed(passed_backward(trainee, blocks)))
 
-    for module in chain:
+    for group in groups:
         # The gradient contract wants sums. FSDP2 averages by default; this is the one place that takes it back. Only
         # sums: a divisor alone asks for a pre-multiplied reduction, which gloo lacks.
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
+        group.set_gradient_divide_factor(1.0)
         if options.communication == "bf16":
-            module.set_custom_reduce_scatter(ReduceScatterInBf16())
-    if isinstance(embedding, FSDPModule):
-        embedding.set_unshard_in_backward(False)  # a look-up's gradient asks for rows' numbers, not for the weight
-    for module, following in pairwise(chain):
-        module.set_modules_to_forward_prefetch([following])
-    for module, following in pairwise([chain[0], *reversed(passed_backward(trainee, blocks))]):
-        assert isinstance(module, FSDPModule)
-        assert isinstance(following, FSDPModule)
-        module.set_modules_to_backward_prefetch([following])
+            group.set_custom_reduce_scatter(ReduceScatterInBf16())
+    for group in sharded_among([embedding]):
+        group.set_unshard_in_backward(False)  # a look-up's gradient asks for rows' numbers, not for the weight
+    for group, following in pairwise(groups):
+        group.set_modules_to_forward_prefetch([following])
+    for group, following in pairwise([groups[0], *through]):
+        group.set_modules_to_backward_prefetch([following])
     if has_separate_experts(name for name, parameter in trainee.named_parameters() if parameter.requires_grad):
-        allow_unused(chain[0])
-    return chain
+        allow_unused(groups[0])
+    return groups
+
+
+def sharded_among(modules: Iterable[Any]) -> list[FSDPModule]:
+    return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 def check_group(drops: Any, mesh: DeviceMesh) -> None:
