@@ -51,6 +51,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of a run, half of them warm-up; default: 12, for --table 6")
     parser.add_argument("--threads", type=int, default=2, help="of all processes of a run together; default: 2")
     parser.add_argument("--environments", type=Path, default=CACHE / "environments", help="where environments lie")
+    parser.add_argument(
+        "--here", action="store_true", help="run all in this Python's environment: enough for distft and Trainer"
+    )
     parser.add_argument("--data", type=Path, default=CACHE / "data", help="where rows and models lie")
     parser.add_argument(
         "--torch-index", default="https://download.pytorch.org/whl/cpu", help="where PyTorch's CPU wheels are"
@@ -121,12 +124,13 @@ def entrants(case: Case, given: argparse.Namespace) -> list[tuple[str, str]]:
 def measure(cases: Sequence[Case], given: argparse.Namespace, repeats: int, steps: int) -> list[Entry]:
     """All runs, in turn: repeats outermost, then cells, then programs."""
     plan = [(case, data_of(case, given.data), *entrant) for case in cases for entrant in entrants(case, given)]
-    for program in dict.fromkeys(program for _, _, program, _ in plan):
-        peers_environments.make(program, given.environments, given.torch_index)
+    if not given.here:
+        for program in dict.fromkeys(program for _, _, program, _ in plan):
+            peers_environments.make(program, given.environments, given.torch_index)
     runs: dict[tuple[str, str, str], list[Measured]] = {}
     for repeat in range(0 if repeats > 1 else 1, repeats + 1):
         for case, data, program, setting in plan:
-            python = peers_environments.python_of(program, given.environments)
+            python = interpreter(program, given)
             warm_up = 1 if repeat == 0 else steps // 2
             work = work_of(case, data, 2 if repeat == 0 else steps)
             began = time.monotonic()
@@ -143,6 +147,10 @@ def measure(cases: Sequence[Case], given: argparse.Namespace, repeats: int, step
         Entry(case, program, setting, settings_of(program)[setting], found)
         for (case, program, setting), found in runs.items()
     ]
+
+
+def interpreter(program: str, given: argparse.Namespace) -> Path:
+    return Path(sys.executable) if given.here else peers_environments.python_of(program, given.environments)
 
 
 def hardware() -> dict[str, Any]:
@@ -190,10 +198,7 @@ def main() -> None:
         "repeats": repeats,
         "steps": steps,
         "warm_up": steps // 2,
-        "versions": {
-            program: peers_environments.versions(peers_environments.python_of(program, given.environments))
-            for program in programs
-        },
+        "versions": {program: peers_environments.versions(interpreter(program, given)) for program in programs},
         "rows": {
             case.name: json.loads((data_of(case, given.data) / "told.json").read_text(encoding="utf-8"))
             for case in cases
@@ -205,7 +210,7 @@ def main() -> None:
     out = given.out or Path(f"peers-{time.strftime('%Y%m%d-%H%M%S')}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    show(f"{report['hardware']['cpu']}, {given.threads} threads, medians of {repeats}", table(entries))  # type: ignore[index]
+    show(f"{hardware()['cpu']}, {given.threads} threads, medians of {repeats}", table(entries))
     if len(bars) > 1:
         show("bars", bars)
     print(f"Everything measured is in {out}; {report['seconds']} s.")

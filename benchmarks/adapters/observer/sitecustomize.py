@@ -40,11 +40,10 @@ def end_of_step(step: int) -> None:
 
 def count(features: Sequence[Any], batch: Any) -> dict[str, int]:
     """Tokens that are no padding, and positions whose next token carries loss."""
-    masks = [feature.get("attention_mask", feature["input_ids"]) for feature in features]
-    tokens = sum(
-        sum(1 for mark in mask if mark) if "attention_mask" in feature else len(mask)
-        for feature, mask in zip(features, masks, strict=True)
-    )
+    tokens = 0
+    for feature in features:
+        mask = feature.get("attention_mask")
+        tokens += len(feature["input_ids"]) if mask is None else sum(1 for mark in mask if mark)
     return {"tokens": tokens, "supervised": int((batch["labels"][:, 1:] != -100).sum())}
 
 

@@ -1,4 +1,4 @@
-"""Batches as `train_sampling_strategy="group_by_length"` makes them, fit for a short run, which would see the longest."""
+"""Batches as `train_sampling_strategy="group_by_length"` makes them, for a run too short to see them all."""
 
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices

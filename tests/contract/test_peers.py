@@ -1,0 +1,91 @@
+"""The benchmark against other programs works: a toy cell end to end, and the verdicts on numbers that are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import peers_figures  # noqa: E402
+from adapters.observer import sitecustomize  # noqa: E402
+from peers_cases import Bar, cells  # noqa: E402
+from peers_figures import Entry  # noqa: E402
+from peers_measure import Measured, by_step  # noqa: E402
+
+
+def test_a_toy_cell_is_measured_from_start_to_end(tmp_path: Path) -> None:
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--toy", "--here", "--programs", "distft,Trainer",
+        "--steps", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "peers.json"),
+    ]  # fmt: skip
+    environment = {**os.environ, "DISTFT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "peers.json").read_text())
+    ours, trainer = report["entries"]
+    assert [ours["program"], trainer["program"]] == ["distft", "Trainer"]
+    for entry in (ours, trainer):
+        (run,) = entry["runs"]
+        assert abs(run["losses"][0] - math.log(1_000)) < 0.2, "the same model, not trained yet"
+        assert len(run["losses"]) == 2
+        assert run["start"] > run["seconds_per_step"] > 0
+        assert run["memory"] >= run["memory_training"] > 100e6
+        assert 0.4 < run["supervised_per_step"] / run["tokens_per_step"] < 0.75
+    assert 1_900 < ours["median"]["tokens_per_step"] <= 2_048
+    ratio = ours["median"]["supervised_per_second"] / trainer["median"]["supervised_per_second"]
+    assert report["ratios"] == {"toy": pytest.approx(ratio)}
+
+
+def entry(program: str, rate: float, memory: int, setting: str = "packed") -> Entry:
+    run = Measured(2 * rate, rate, 1.0, 1.0, 2 * rate, rate, memory, memory, 10.0, [7.0])
+    return Entry("cell", program, setting, "", [run, replace(run, supervised_per_second=rate * 100), run])
+
+
+def test_bars_are_judged_against_the_best_setting_of_the_others() -> None:
+    entries = [
+        entry("distft", 40.0, 60), entry("TRL", 5.0, 100), entry("TRL", 20.0, 90, "other"), entry("Trainer", 10.0, 80),
+    ]  # fmt: skip
+    bars = (Bar("cell", "supervised_per_second", ("TRL", "Trainer"), 2.0), Bar("cell", "memory", ("TRL",), 0.66))
+    told = peers_figures.bar_lines(bars, entries)[1:]
+    assert [line[2] for line in told] == ["TRL (other)"] * 2
+    assert [line[4:] for line in told] == [["2.00 x", "held"], ["0.67 x", "MISSED"]]
+    slower = [entry("distft", 39.0, 40), *entries[1:]]
+    assert [line[-1] for line in peers_figures.bar_lines(bars, slower)[1:]] == ["MISSED", "held"]
+    assert peers_figures.cell_ratio("cell", entries[1:]) is None
+
+
+def test_batches_are_put_to_their_steps() -> None:
+    records = [{"batches_per_step": 2}, *({"tokens": n, "supervised": 1} for n in (1, 2, 3, 4, 99)), {"step": 1}]
+    assert by_step(records, 2) == ([3, 7], [2, 2])
+
+
+def test_padding_and_what_carries_no_loss_are_not_counted() -> None:
+    import torch
+
+    features = [{"attention_mask": [1, 1, 2, 0]}, {"attention_mask": [1, 0, 0, 0]}]
+    labels = torch.tensor([[5, -100, 7, 8], [5, -100, -100, -100]])
+    assert sitecustomize.count(features, {"labels": labels}) == {"tokens": 4, "supervised": 2}
+    assert sitecustomize.count([{"input_ids": [1, 2, 3]}], {"labels": labels[:1]}) == {"tokens": 3, "supervised": 2}
+
+
+def test_every_cell_has_a_name_of_its_own_and_known_settings() -> None:
+    from peers_measure import settings_of
+
+    assert len(cells()) > 15
+    for case in cells().values():
+        for program, settings in case.entrants.items():
+            assert set(settings) <= set(settings_of(program)), case.name
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "no such cell"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "unknown: no such cell" in done.stderr
