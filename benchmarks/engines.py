@@ -136,7 +136,7 @@ def main() -> None:
                 losses[engine] = float(calls[engine]())
             if max(losses.values()) - min(losses.values()) > 1e-4:
                 wrong.append(f"{model} {tuning}: the losses differ: {losses}")
-            seconds = interleaved(calls, arguments.repeats)
+            seconds, first = interleaved(calls, arguments.repeats), len(rows)
             for name, taken in seconds.items():
                 ratio = taken.busy / seconds["bare"].busy
                 rows.append(
@@ -152,9 +152,10 @@ def main() -> None:
                 )
                 if ratio > BAR and not arguments.toy:
                     wrong.append(f"{model} {tuning}: {name} costs {ratio:.2f} x the bare loop, {BAR:.2f} are allowed")
-                if arguments.profile and name != "bare":
+            print(table(rows[first:]), flush=True)
+            for name in arguments.engines:
+                if arguments.profile:
                     print(f"{model} {tuning} {name}:", *profile(calls[name], calls["bare"]), sep="\n")
-    print(table(rows))
     print(*wrong, sep="\n")
     write_record(arguments.out, cases=rows, exceeding=wrong)
     leave()
