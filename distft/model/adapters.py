@@ -82,9 +82,20 @@ class Member:
 
     @property
     def plain(self) -> bool:
-        """Whether the base alone, or several adapters, are asked for at the moment."""
+        """Whether this adapter and no other is asked for at the moment, and lies beside the base."""
         layer = self.layer
         return not layer.disable_adapters and not layer.merged and layer.active_adapters == [self.adapter]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight, looked at and not read: under ZeRO-3 to read `base.weight` is to gather it."""
+        return next(self.base.parameters())
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether ZeRO-3 keeps the weights in pieces. Where a layer's forward reads another module's weight, DeepSpeed
+        gathers it and notes it as that layer's (an external parameter) for all later passes, forward and backward."""
+        return hasattr(self.weight, "ds_id")
 
 
 class Group:
@@ -99,7 +110,7 @@ class Group:
     def output(self, member: Member, x: Tensor) -> Tensor:
         """What `member` makes of `x` [..., in]."""
         # ZeRO-3 gathers what belongs to the layer that is called, and its hooks hand every layer a tensor of its own.
-        if len(self.members) == 1 or hasattr(member.base.weight, "ds_id") or x.is_inference():
+        if len(self.members) == 1 or member.partitioned or x.is_inference():
             return computed([member], x)[0]
         state = (x._version, torch.is_grad_enabled())
         if self.input is not x or self.state != state or member not in self.outputs:
@@ -137,8 +148,11 @@ def under_autocast(x: Tensor) -> bool:
 
 def fused_forward(group: Group, member: Member, own: Callable[..., Tensor], x: Tensor, *args: Any, **kw: Any) -> Tensor:
     """In place of `own`, PEFT's forward. torch.compile makes its own kernels of that one."""
-    if args or kw or torch.compiler.is_compiling() or not member.plain or member.base.weight.dtype != compute_dtype(x):
+    if args or kw or torch.compiler.is_compiling() or not member.plain or member.weight.dtype != compute_dtype(x):
         return own(x, *args, **kw)
+    if torch.is_grad_enabled() and not x.requires_grad and member.partitioned:
+        # In the first block: nothing passes back through the base, but fused it would be gathered for that once more.
+        return own(x)
     return group.output(member, x)
 
 
