@@ -33,13 +33,12 @@ import json
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -348,14 +347,6 @@ def two_hosts() -> Iterator[list[str]]:
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Job:
-    cases: list[Case]
-    size: Size
-    at_interface: bool
-    answers: list[dict[str, Any]] = field(default_factory=list)
-
-
 def work(folder: Path) -> None:
     """What a rank does: every case, two steps of which the second is counted (the first one lays out buckets)."""
     from distft.world import join, leave
@@ -445,12 +436,12 @@ def start(folder: Path, prefixes: list[list[str]], interface: str) -> None:
 
 
 def table(answers: list[dict[str, Any]]) -> list[str]:
-    heads = f"{'strategy':24}{'tuning':8}{'A':>2}{'payload':>13}{'least':>13}{'ratio':>8}{'ring':>13}"
+    heads = f"{'strategy':34}{'tuning':8}{'A':>2}{'payload':>13}{'least':>13}{'ratio':>8}{'ring':>13}"
     lines = [f"{heads}  interface / bare"]
     for answer in answers:
         name = " ".join([answer["strategy"], *(f"{key}={value}" for key, value in answer["words"])])
         ratio = answer["payload"] / answer["least"]
-        line = f"{name:24}{answer['tuning']:8}{answer['accumulation']:>2}{answer['payload']:>13,}{answer['least']:>13,}"
+        line = f"{name:34}{answer['tuning']:8}{answer['accumulation']:>2}{answer['payload']:>13,}{answer['least']:>13,}"
         line += f"{ratio:>8.3f}{answer['ring']:>13,}"
         if "interface" in answer:
             share = answer["interface"] / answer["interface_bare"]
@@ -518,8 +509,8 @@ def main() -> None:
     if arguments.out:
         record = {
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {socket.gethostname()}",
+            "command": shlex.join(["python", "benchmarks/wire.py", *sys.argv[1:]]),
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": versions(),
             "ranks": num_ranks,
             "size": asdict(size),
