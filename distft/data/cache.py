@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,14 @@ def number_column(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
-def list_column(parts: Sequence[np.ndarray]) -> pa.ListArray:
+def list_column(parts: Sequence[Sequence[int] | np.ndarray]) -> pa.ListArray:
     """A column of lists of int32."""
     offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-    values = np.concatenate(parts) if parts else np.zeros(0)
-    return pa.ListArray.from_arrays(number_column(offsets), number_column(values.astype(np.int32)))
+    if all(isinstance(part, np.ndarray) for part in parts):
+        values = np.concatenate(parts) if parts else np.zeros(0)
+    else:
+        values = np.fromiter(chain.from_iterable(parts), np.int32, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(number_column(offsets), number_column(values.astype(np.int32, copy=False)))
 
 
 def text_column(values: Sequence[str]) -> pa.StringArray:

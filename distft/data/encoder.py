@@ -35,7 +35,10 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """Targets: trained tokens but the first of the document."""
-        return sum(max(0, end - max(start, 1)) for start, end in self.spans)
+        total = 0
+        for start, end in self.spans:
+            total += max(0, end - (start or 1))
+        return total
 
     @property
     def trained(self) -> np.ndarray:

@@ -37,6 +37,9 @@ SHAPES = (  # required columns, in the order in which they are recognised
 )
 
 
+SAME = json.JSONEncoder(ensure_ascii=True, sort_keys=True, default=str)  # one text for equal values
+
+
 class Row(NamedTuple):
     """One record as it was read."""
 
@@ -75,8 +78,7 @@ class Document:
 
     def content_hash(self) -> int:
         """64 bits of the content alone: equal rows get equal numbers, on every machine and in every order of rows."""
-        content = json.dumps([self.messages, self.tools, self.text], ensure_ascii=True, sort_keys=True, default=str)
-        return xxhash.xxh3_64_intdigest(content.encode())
+        return xxhash.xxh3_64_intdigest(SAME.encode([self.messages, self.tools, self.text]).encode())
 
     def plain(self) -> str:
         """The words alone, with no template: contents joined by newlines."""

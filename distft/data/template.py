@@ -107,6 +107,11 @@ class Rendered:
     spans: tuple[Span, ...]
 
 
+def only_text(message: dict[str, Any]) -> bool:
+    """A role and a content, both text and no subclass of it, and nothing else: true of nearly every message."""
+    return len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template with the words it may name; renders as transformers' `apply_chat_template` does."""
@@ -136,9 +141,16 @@ class ChatTemplate:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], prompt: bool, marked: bool
     ) -> tuple[str, list[Span]]:
         import jinja2
+        from transformers.utils import chat_template_utils
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
+            render = getattr(chat_template_utils, "_render_with_assistant_indices", None)
+            if render is not None and not tools and all(map(only_text, messages)):
+                # What render_jinja_template does once it has made the messages plain, which these are.
+                compiled = chat_template_utils._compile_jinja_template(self.template)
+                text, marks = render(compiled, list(messages), None, None, prompt, **dict(self.special_tokens))
+                return text, list(marks) if marked else []
             texts, spans = render_jinja_template(
                 [list(messages)],
                 tools=list(tools) or None,

@@ -217,15 +217,17 @@ def bad_row(row: Row, fault: Unfit) -> BadRow:
 def record_batch(good: list[Row], documents: list[Document], results: list[Result]) -> pa.RecordBatch:
     encoded, hashes, ids = [], [], []
     for row, document, result in zip(good, documents, results, strict=True):
-        several = len(result.documents) > 1
+        if not result.documents:
+            continue
+        several, content = len(result.documents) > 1, document.content_hash()
         for index, part in enumerate(result.documents):
             encoded.append(part)
-            hashes.append(document.content_hash())
+            hashes.append(content)
             ids.append(f"{row.id}#{index}" if several else row.id)
     return pa.record_batch(
         [
             list_column([part.ids for part in encoded]),
-            list_column([np.asarray(part.spans, dtype=np.int32).reshape(-1) for part in encoded]),
+            list_column([[place for span in part.spans for place in span] for part in encoded]),
             number_column(np.asarray([part.supervised for part in encoded], dtype=np.int32)),
             number_column(np.asarray(hashes, dtype=np.uint64)),
             text_column(ids),
