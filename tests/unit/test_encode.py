@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from distft.data import tokenise
 from distft.data.cache import TOKENS, EncodedSource, PreparedData, TokenFile, held_out_rows, open_prepared
 from distft.data.encode import prepare, settle_template, tokenised
 from distft.data.encoder import NO_STOP, NONE_TRAINED, TOO_LONG, Encoded, Fast, Result
+from distft.data.formats import Block
 from distft.data.rows import Columns, Document
 from distft.data.sources import sources_of
-from distft.data.template import CHATML, MARKERS
+from distft.data.template import CHATML, MARKERS, ChatTemplate
+from distft.data.tokenise import encoded_blocks
 from distft.errors import UserMistake
 from distft.objective import make_encoder
 from distft.objective.lm import LmEncoder
@@ -549,3 +552,41 @@ def test_refusing_long_rows_stops_the_run(tmp_path: Path) -> None:
     ):
         prepared(a_source(tmp_path, rows, too_long="refuse"), byte_level(), tmp_path)
     assert prepared(a_source(tmp_path, rows, too_long="drop"), byte_level(), tmp_path).reports[0]["documents"] == 400
+
+
+def test_rows_of_text_alone_render_as_all_others_do() -> None:
+    tokenizer = byte_level()
+    template = ChatTemplate.of(tokenizer)
+    messages = [{"role": "user", "content": "Zwölf?"}, {"role": "assistant", "content": "Twelve.\n"}]
+    plain = Document(tuple(messages), (False, True))
+    rich = Document(tuple({**message, "unused": 1} for message in messages), (False, True))  # transformers' own way
+    assert template.trained_spans(plain, "auto") == template.trained_spans(rich, "auto")
+    assert template.render(messages, prompt=True) == template.render(rich.messages, prompt=True)
+    assert template.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_few_blocks_are_held_however_many_there_are(tmp_path: Path, num_workers: int) -> None:
+    rows = "".join(json.dumps({"question": "What?", "answer": f"It is {n}." + " " * 2000}) + "\n" for n in range(3000))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    run = a_run(tmp_path / "cache", path=str(tmp_path / "rows.jsonl"), format="jsonl")
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    spec = sources_of(run.data, "sft")[0]
+    read = 0
+    blocks = spec.blocks
+
+    def counted() -> Iterator[Block]:
+        nonlocal read
+        for block in blocks():
+            read += 1
+            yield block
+
+    object.__setattr__(spec, "blocks", counted)
+    encoded = encoded_blocks(spec, make_encoder(run, tokenizer, tmp_path / "tokenizer"), num_workers)
+    most = 1 if num_workers == 1 else 2 * num_workers + 1
+    taken = 0
+    for _ in encoded:
+        taken += 1
+        assert read - taken < most
+    assert taken == read > 3 * most
