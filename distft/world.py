@@ -69,7 +69,8 @@ def join(store: Store | None = None, timeout: float = 600.0) -> World:
         # Ranks that each take every core slow each other down many times over.
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest")  # no TF32 on CUDA: fp32 means what it says
+    torch.backends.cudnn.allow_tf32 = False  # nor in convolutions, where it is on by default
     return World(rank, size, local_rank, rank, size, device)
 
 

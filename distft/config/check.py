@@ -30,6 +30,7 @@ def check(run: Run) -> list[str]:
         data,
         sources,
         files,
+        activation,
         tuning,
         objective,
         strategy,
@@ -130,6 +131,14 @@ def model(run: Run) -> Iterator[str]:
                 f"model.tiny.num_heads={tiny.num_heads} is not a multiple of model.tiny.num_kv_heads="
                 f"{tiny.num_kv_heads}. Set model.tiny.num_kv_heads={tiny.num_heads}."
             )
+
+
+def activation(run: Run) -> Iterator[str]:
+    if run.model.compile and run.activation.mode == "selective":
+        yield (
+            "activation.mode=selective chooses among operators, which model.compile=true fuses. Set activation.mode="
+            "full or none, or leave model.compile at false."
+        )
 
 
 def tuning(run: Run) -> Iterator[str]:

@@ -35,6 +35,7 @@ RANGES: dict[str, Range] = {
     "schedule.decay": SHARE,
     "batch.global_size": COUNT,
     "batch.micro_size": COUNT,
+    "activation.budget": POSITIVE,
     "eval.every": NATURAL,
     "eval.samples": NATURAL,
     "eval.max_new_tokens": COUNT,

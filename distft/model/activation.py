@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # Outputs that `selective` keeps: dear to compute again, and the matrix products are what the backward pass starts from.
@@ -30,13 +31,17 @@ KEPT = (
     "aten::_flash_attention_forward",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
+    "distft::adapted_linear",
 )
+
+THIN = 16  # a product is thin where its output is this much wider than the dimension it sums over
 
 
 def enable(model: nn.Module, blocks: Iterable[nn.Module], mode: str) -> None:
-    """Checkpoint every block: `none`, `selective` (keep matrix products and attention) or `full` (keep inputs only).
+    """Checkpoint these blocks: `none`, `selective` (keep matrix products and attention) or `full` (keep inputs only).
 
-    Call it once, after PEFT has wrapped `model`. Evaluation and passes without gradients are not changed.
+    Call it once, after PEFT has wrapped `model` and after blocks were compiled. Evaluation and passes without gradients
+    are not changed, nor blocks that neither train anything nor pass a gradient on.
     """
     if mode == "none":
         return
@@ -55,13 +60,19 @@ def checkpointed(
     if contexts is not None:
         options["context_fn"] = contexts
 
+    trained = any(parameter.requires_grad for parameter in block.parameters())
+
     @functools.wraps(forward)
     def with_checkpoint(*arguments: Any, **named: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
+        if not (block.training and torch.is_grad_enabled() and (trained or needs_gradient(arguments, named))):
             return forward(*arguments, **named)
         return checkpoint(forward, *arguments, **named, **options)
 
     return with_checkpoint
+
+
+def needs_gradient(*inputs: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(inputs))
 
 
 def selective() -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -81,9 +92,20 @@ class OnlyKept(TorchDispatchMode):
         self.mode = mode
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        if function in kept_operators():
+        if function in kept_operators() and not is_thin(function, arguments):
             return self.mode.__torch_dispatch__(function, types, arguments, named)
         return function(*arguments, **(named or {}))
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def is_thin(function: Any, arguments: tuple[Any, ...]) -> bool:
+    """A product that makes much out of little, such as an adapter's second one: cheaper to repeat than to keep."""
+    if function._schema.name not in PRODUCTS:
+        return False
+    inner, width = arguments[-1].shape[-2:]
+    return bool(THIN * inner <= width)
 
 
 @functools.cache

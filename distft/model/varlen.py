@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,8 +41,18 @@ def packed_arguments(
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": max_length,
         "max_length_k": max_length,
-        "document_lengths": tuple(lengths),
+        "document_lengths": Documents(lengths),
     }
+
+
+class Documents:
+    """The documents' lengths. No tuple, since torch.compile would make another graph for every other tuple."""
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        self.lengths = tuple(lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.lengths)
 
 
 def varlen_attention(
@@ -55,7 +65,7 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    document_lengths: tuple[int, ...] | None = None,
+    document_lengths: Iterable[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **others: Any,

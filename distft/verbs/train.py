@@ -112,10 +112,12 @@ class Job:
         from distft.model import activation, adapters, head_trial, kernels, tuning
         from distft.model.load import blocks, build
         from distft.model.mapping import open_weights
+        from distft.objective import budget
         from distft.objective.trainee import Trainee
         from distft.optim import make_optimizer
         from distft.perf import cost_of
         from distft.strategy import make_strategy
+        from distft.strategy.numbers import numbers_of
 
         prepared = Prepared.read(run_dir)
         data = open_prepared(Path(prepared.data_folder))
@@ -129,13 +131,19 @@ class Job:
             model = build(folder, run, prepared.attention)
         model, weights = tuning.apply(model, run.tuning, open_weights(folder, model), run.seed)
         layers = blocks(model)
-        adapter_notes = adapters.apply(model)
-        kernel_notes = kernels.apply(model, run.model.kernels, world.device)
-        activation.enable(model, layers, run.activation.mode)
+        notes = adapters.apply(model) + kernels.apply(model, run.model.kernels, world.device)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         cost = cost_of(model, layers)
         trainee = Trainee(model)
+        numbers = numbers_of(run.strategy.name, precision, model)
+        again = budget.choose(trainee, layers, run, plan, world.device, numbers)
+        notes += again.notes
+        if run.model.compile:
+            from distft.model import compile
+
+            compile.enable(layers, world.device)
+        activation.enable(model, again.blocks, again.mode)
         micro_tokens, cache = length * run.batch.micro_size, cache_folder(run.data)
         several = len(data.train) > 1
         head_notes = head_trial.settle(trainee, run.model.head, world, precision, micro_tokens, several, cache)
@@ -153,7 +161,7 @@ class Job:
             strategy=strategy,
             cost=cost,
             num_trained=num_trained,
-            notes=[*prepared.notes, *adapter_notes, *kernel_notes, *head_notes, *trainee.notes],
+            notes=[*prepared.notes, *products_note(world, precision), *notes, *head_notes, *trainee.notes],
             base_hashes=hash_base(folder, world) if run.tuning.method == "lora" else {},
         )
 
@@ -308,6 +316,12 @@ def settled_precision(run: Run, world: World) -> str:
     if run.precision != "auto":
         return run.precision
     return "bf16" if world.device.type == "cuda" else "fp32"
+
+
+def products_note(world: World, precision: str) -> list[str]:
+    """`join` turned TF32 off: who compares speeds should know."""
+    said = "fp32: matrix products in full precision, TF32 is off; precision=bf16 is several times as fast"
+    return [said] if world.device.type == "cuda" and precision == "fp32" else []
 
 
 def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:

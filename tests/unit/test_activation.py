@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distft.data.batch import Batch
-from distft.model.activation import enable, kept_operators
+from distft.model.activation import enable, is_thin, kept_operators
 from distft.objective.trainee import LossRequest, Trainee
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -115,6 +115,13 @@ def test_selective_repeats_no_matrix_product() -> None:
             module(LossRequest(BATCH, scale=1.0)).loss.backward()
         counts[mode] = seen.count
     assert counts["selective"] == counts["none"] < counts["full"]
+
+
+def test_an_adapters_second_product_is_repeated_rather_than_kept() -> None:
+    """Its output is as large as the layer's, and it sums over few values."""
+    thin, wide = ((torch.empty(8, inner), torch.empty(inner, 64)) for inner in (4, 5))
+    assert is_thin(torch.ops.aten.mm.default, thin)
+    assert not is_thin(torch.ops.aten.mm.default, wide)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
