@@ -143,3 +143,26 @@ def test_another_run_is_not_taken_for_a_resumed_one(shop: Path, knob: str, allow
     assert code == errors.USER_MISTAKE, text
     assert f"resume_allow=[{allowed}]" in text
     assert "Traceback" not in text
+
+
+def test_a_disk_that_refuses_a_checkpoint_ends_the_run_with_its_cure(shop: Path) -> None:
+    """Written behind training, so the step that asked for it has long gone on."""
+    import resource
+
+    if not (shop / "small").exists():  # the model and the tokens lie in the cache then: only checkpoints are larger
+        code, text = finish(start(shop, "small", "max_steps=2"))
+        assert code == errors.DONE, text
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        refused = start(shop, "refused", "max_steps=5000", "checkpoint.every=2", "eval.at_start=false")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    code, text = finish(refused)
+    assert code == errors.USER_MISTAKE, text
+    assert "step 2 could not be written" in text
+    assert "Free space" in text
+    assert "Traceback" not in text
+    ended = result(shop / "refused")
+    assert (ended["status"], ended["final"]) == ("failed", None)
+    assert ended["steps"] < 5000
