@@ -30,7 +30,7 @@ def check(run: Run) -> list[str]:
         data,
         sources,
         files,
-        activation,
+        compiling,
         tuning,
         objective,
         strategy,
@@ -133,8 +133,15 @@ def model(run: Run) -> Iterator[str]:
             )
 
 
-def activation(run: Run) -> Iterator[str]:
-    if run.model.compile and run.activation.mode == "selective":
+def compiling(run: Run) -> Iterator[str]:
+    if not run.model.compile:
+        return
+    if run.strategy.name in ("zero3", "zero3_offload"):
+        yield (
+            f"model.compile=true has no effect with strategy={run.strategy.name}, whose hooks gather weights inside "
+            "the blocks and cut every graph. Set strategy=fsdp or zero2, or leave model.compile at false."
+        )
+    if run.activation.mode == "selective":
         yield (
             "activation.mode=selective chooses among operators, which model.compile=true fuses. Set activation.mode="
             "full or none, or leave model.compile at false."

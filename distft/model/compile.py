@@ -25,8 +25,7 @@ def enable(blocks: Iterable[nn.Module], device: torch.device, backend: str = "in
     Raises:
         UserMistake: what compiling needs is missing here.
     """
-    if missing := why_not(device):
-        raise UserMistake(f"model.compile=true {missing} Or leave model.compile at false.")
+    check(device)
     AttentionInterface.register(VARLEN, torch.compiler.disable(varlen_attention))  # document lengths differ every time
     torch.fx.experimental._config.use_duck_shape = False  # a row as long as the model is wide is no width
     torch._dynamo.config.optimize_ddp = False  # it would cut the blocks' graphs where DDP's buckets end
@@ -44,8 +43,18 @@ def compiled(block: nn.Module, forward: Callable[..., Any], backend: str) -> Cal
     return with_compile
 
 
+def check(device: torch.device) -> None:
+    """Whether code for `device` can be compiled here.
+
+    Raises:
+        UserMistake: something is missing.
+    """
+    if missing := why_not(device):
+        raise UserMistake(f"model.compile=true {missing} Or leave model.compile at false.")
+
+
 def why_not(device: torch.device) -> str:
-    """What is missing here to compile for `device`, with the cure; empty where nothing is."""
+    """What is missing, with the cure; empty where nothing is."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from distft.errors import UserMistake
 from distft.prepared import Prepared
 
 if TYPE_CHECKING:
+    from distft.data.batches import Plan
     from distft.data.encode import EncodedSource
 
 
@@ -37,10 +39,13 @@ def preflight(run: Run, run_dir: Path) -> None:
     tokenizer.save_pretrained(tokenizer_folder)
     data = prepare(run, tokenizer, tokenizer_folder, run_dir, make_encoder)
     attention, packed = choose_layout(run, model_folder, notes)
-    plan = Plan(data.train, run.batch, run.data.sequence_length, run.seed, packed, data_rank=0, data_size=1)
+    num_ranks = int(os.environ.get("WORLD_SIZE") or (1 if run.launch.ranks == "auto" else run.launch.ranks))
+    plan = Plan(data.train, run.batch, run.data.sequence_length, run.seed, packed, data_rank=0, data_size=num_ranks)
     num_steps = plan.num_steps(run.epochs, run.max_steps)
     check_positions(run, model_folder)
     check_disk(run, model_folder, run_dir, num_steps)
+    check_compiler(run)
+    check_budget(run, model_folder, attention, plan)
     notes.append(describe(data.train, data.eval, num_steps, run, packed))
     Prepared(
         model_folder=str(model_folder),
@@ -99,6 +104,39 @@ def check_disk(run: Run, model_folder: Path, run_dir: Path, num_steps: int) -> N
             f"The run may write {needed / 1e9:.1f} GB ({1 + beside} checkpoints of {checkpoint / 1e9:.1f} GB at once), "
             f"but {run_dir} has {free / 1e9:.1f} GB free. Set run.dir to a larger disk, or lower checkpoint.keep."
         )
+
+
+def check_compiler(run: Run) -> None:
+    """What `model.compile` needs on this machine."""
+    if not run.model.compile:
+        return
+    import torch
+
+    from distft.model.compile import check
+
+    check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_budget(run: Run, model_folder: Path, attention: str, plan: Plan) -> None:
+    """Whether `activation.budget` can be met; only on a CPU, since a GPU's kernels are chosen where they run."""
+    import torch
+
+    if run.activation.budget is None or torch.cuda.is_available():
+        return
+    from distft.model import adapters, tuning
+    from distft.model.load import blocks, build
+    from distft.model.mapping import open_weights
+    from distft.objective import budget
+    from distft.objective.trainee import Trainee
+    from distft.strategy.numbers import numbers_of
+
+    with torch.device("meta"):
+        model = build(model_folder, run, attention)
+    model, _ = tuning.apply(model, run.tuning, open_weights(model_folder, model), run.seed)
+    layers = blocks(model)
+    adapters.apply(model)
+    numbers = numbers_of(run.strategy.name, "bf16" if run.precision == "bf16" else "fp32", model)
+    budget.choose(Trainee(model), layers, run, plan, torch.device("cpu"), numbers)
 
 
 def describe(train: list[EncodedSource], held_out: list[EncodedSource], num_steps: int, run: Run, packed: bool) -> str:

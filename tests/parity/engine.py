@@ -52,6 +52,7 @@ class Case:
     kept: bool = True  # False: gradients are dropped
     options: tuple[tuple[str, Any], ...] = ()  # further knobs of `strategy`
     backend: str = ""  # torch.compile of every block by this one
+    target: str = "all-linear"  # layers that get adapters
 
 
 def run_of(case: Case) -> Run:
@@ -67,6 +68,7 @@ def run_of(case: Case) -> Run:
     run.optim.name, run.optim.lr, run.optim.weight_decay = recipe.optimizer, recipe.lr, recipe.weight_decay
     run.optim.betas, run.optim.eps, run.optim.clip = recipe.betas, recipe.eps, recipe.clip
     run.tuning.method, run.tuning.lora_rank, run.tuning.lora_alpha = recipe.tuning, LORA_RANK, LORA_ALPHA
+    run.tuning.target = case.target
     run.activation.mode = case.checkpointing
     return run
 

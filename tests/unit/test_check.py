@@ -41,6 +41,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("model.trust_remote_code", {"model__trust_remote_code": True}),
     ("model.tiny.hidden_size", {"model__tiny__hidden_size": 100, "model__tiny__num_heads": 4}),
     ("model.tiny.num_kv_heads", {"model__tiny__num_kv_heads": 3}),
+    ("strategy=fsdp or zero2", {"model__compile": True, "strategy__name": "zero3"}),
+    ("activation.mode=selective", {"model__compile": True, "activation__mode": "selective"}),
     ("Add data=csv", {"data__path": "rows.csv"}),
     ("data.exclude_ids", {"data__exclude_ids": "ids.txt"}),
     ("needs rows", {"data__format": "jsonl"}),
@@ -107,6 +109,7 @@ def test_refused(words: str, knobs: dict[str, Any]) -> None:
 
 
 TAKEN: list[dict[str, Any]] = [
+    {"model__compile": True, "strategy__name": "fsdp", "activation__mode": "full", "activation__budget": 8.0},
     {"model__name": "hf", "model__path": "owner/name", "model__revision": "main"},
     {"data__format": "csv", "data__path": __file__, "data__eval_path": __file__, "data__eval_fraction": 0},
     {"data__sources": [Source(path="a/b", weight=1), Source(path="c/d", weight=2)]},
