@@ -141,6 +141,11 @@ def compiling(run: Run) -> Iterator[str]:
             f"model.compile=true has no effect with strategy={run.strategy.name}, whose hooks gather weights inside "
             "the blocks and cut every graph. Set strategy=fsdp or zero2, or leave model.compile at false."
         )
+    if run.model.kernels == "liger":
+        yield (
+            "model.kernels=liger has no effect with model.compile=true, which writes kernels of its own. Set "
+            "model.kernels=auto, or leave model.compile at false."
+        )
     if run.activation.mode == "selective":
         yield (
             "activation.mode=selective chooses among operators, which model.compile=true fuses. Set activation.mode="

@@ -27,17 +27,20 @@ Siblings = dict[str, list[tuple[str, ...]]]
 """Names of child layers that share their input, by the kind of parent."""
 
 
-def apply(model: Any) -> list[str]:
+def apply(model: Any, compiled: bool = False) -> list[str]:
     """Give the LoRA layers of `model`, also on meta, their fused forward. Returns what the user should know.
 
     A model without adapters is left alone. PEFT's own path stays on layers with dropout, DoRA, several or merged
     adapters, trained or quantised bases and on everything but plain linear layers; their activations are no longer
     cast to the adapters' type and back under autocast. Call it once, after PEFT has wrapped `model`.
+
+    compiled: the blocks will be compiled. PEFT's own path stays: torch.compile makes its own kernels of that one, and
+    would compile every block anew for forwards that are put on single layers.
     """
     if not hasattr(model, "peft_config"):
         return []
     leave_activations_uncast(model)
-    if not any(adapter_of(module) for module in model.modules()):
+    if compiled or not any(adapter_of(module) for module in model.modules()):
         return []
     causal = model.get_base_model()
     trusted = type(causal).__module__.startswith("transformers_modules")

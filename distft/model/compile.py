@@ -28,6 +28,8 @@ def enable(blocks: Iterable[nn.Module], device: torch.device, backend: str = "in
     check(device)
     AttentionInterface.register(VARLEN, torch.compiler.disable(varlen_attention))  # document lengths differ every time
     torch.fx.experimental._config.use_duck_shape = False  # a row as long as the model is wide is no width
+    # Kinds of layers x with and without a gradient below x with and without lengths; beyond it torch stops compiling.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.optimize_ddp = False  # it would cut the blocks' graphs where DDP's buckets end
     for block in blocks:
         block.forward = compiled(block, block.forward, backend)

@@ -134,7 +134,7 @@ def check_budget(run: Run, model_folder: Path, attention: str, plan: Plan) -> No
         model = build(model_folder, run, attention)
     model, _ = tuning.apply(model, run.tuning, open_weights(model_folder, model), run.seed)
     layers = blocks(model)
-    adapters.apply(model)
+    adapters.apply(model, run.model.compile)
     numbers = numbers_of(run.strategy.name, "bf16" if run.precision == "bf16" else "fp32", model)
     budget.choose(Trainee(model), layers, run, plan, torch.device("cpu"), numbers)
 

@@ -131,7 +131,9 @@ class Job:
             model = build(folder, run, prepared.attention)
         model, weights = tuning.apply(model, run.tuning, open_weights(folder, model), run.seed)
         layers = blocks(model)
-        notes = adapters.apply(model) + kernels.apply(model, run.model.kernels, world.device)
+        notes = adapters.apply(model, run.model.compile)
+        if not run.model.compile:  # which fuses more, and would compile every block anew for kernels of its own
+            notes += kernels.apply(model, run.model.kernels, world.device)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         cost = cost_of(model, layers)

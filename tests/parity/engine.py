@@ -87,7 +87,7 @@ def prepared(world: World, case: Case, weights: Weights | None = None) -> Strate
         from distft.model import adapters, tuning
 
         model, adapted = tuning.apply(model, run.tuning, weights, seed=0)
-        assert adapters.apply(model) == []
+        assert adapters.apply(model, bool(case.backend)) == []
         weights = Overlay(adapted, MemoryWeights(adapters_by_peft_name(case.recipe)))
     if case.backend:
         from distft.model import compile

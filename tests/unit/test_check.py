@@ -42,6 +42,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("model.tiny.hidden_size", {"model__tiny__hidden_size": 100, "model__tiny__num_heads": 4}),
     ("model.tiny.num_kv_heads", {"model__tiny__num_kv_heads": 3}),
     ("strategy=fsdp or zero2", {"model__compile": True, "strategy__name": "zero3"}),
+    ("model.kernels=auto", {"model__compile": True, "model__kernels": "liger"}),
     ("activation.mode=selective", {"model__compile": True, "activation__mode": "selective"}),
     ("Add data=csv", {"data__path": "rows.csv"}),
     ("data.exclude_ids", {"data__exclude_ids": "ids.txt"}),
