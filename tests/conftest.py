@@ -23,7 +23,7 @@ NEED_RANKS = ("tests/parity/", "tests/unit/test_decode.py", "tests/unit/test_poo
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slowest folders first, so that several workers end together."""
     folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
-    items.sort(key=lambda item: SLOWEST_FIRST.index(folders[item]) if folders[item] in SLOWEST_FIRST else 0)
+    items.sort(key=lambda item: SLOWEST_FIRST.index(folders[item]) if folders[item] in SLOWEST_FIRST else 9)
 
 
 class OnePoolForAll(LoadScopeScheduling):

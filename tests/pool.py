@@ -41,7 +41,8 @@ class Pool:
 
     def start(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="distft-pool-")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.imported"])
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, rank, self.num_ranks, self.folder), daemon=True)
