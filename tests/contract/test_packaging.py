@@ -53,6 +53,7 @@ def installed() -> Mapping[str, list[str]]:
 
 def distributions(package: str) -> set[str]:
     known = {"flash_attn": {"flash-attn"}, "liger_kernel": {"liger-kernel"}, "bitsandbytes": {"bitsandbytes"}}
+    known["triton"] = {"torch"}  # comes with its builds for CUDA
     found = installed().get(package, [])
     return {canonicalize_name(name) for name in found} or known.get(package, {package})
 

@@ -205,8 +205,10 @@ def test_another_engine_and_number_of_ranks_goes_on(
 def test_what_loading_must_not_leave_out(
     pool: Callable[[int], Pool], trained: Trained, strategy: str, harm: str
 ) -> None:
-    """Negative control of the equality above."""
-    case = Case(strategy, 1, FULL)
+    """Negative control of the equality above. ZeRO-3 has copies to refresh in bf16 alone: in fp32 it computes with the
+    master itself."""
+    precision = "bf16" if (strategy, harm) == ("zero3", "no refresh") else "fp32"
+    case = Case(strategy, 1, FULL, precision=precision)
     whole, folder = trained(case, 2)
     again = pool(2).run(resumed, case, folder, harm)
     assert not any(alike(one, other) for one, other in zip(whole, again, strict=True))
