@@ -8,7 +8,8 @@
 Every program runs in an environment of its own (made here the first time) through its real entry, on the same model
 folder, rows, precision (fp32) and threads, in turn: a repeat runs each once, the next repeat again. The first half of
 the steps of a run is warm-up. Medians over the repeats; everything measured goes into one JSON file. With more than
-one repeat an untimed run of each comes first, so that all start with the caches that their programs keep.
+one repeat an untimed run of each comes first, so that all start with the caches that their programs keep. An interrupt
+(Ctrl-C) ends it after the last complete repeat.
 Axolotl is not measured.
 """
 
@@ -127,26 +128,39 @@ def measure(cases: Sequence[Case], given: argparse.Namespace, repeats: int, step
     if not given.here:
         for program in dict.fromkeys(program for _, _, program, _ in plan):
             peers_environments.make(program, given.environments, given.torch_index)
-    runs: dict[tuple[str, str, str], list[Measured]] = {}
-    for repeat in range(0 if repeats > 1 else 1, repeats + 1):
-        for case, data, program, setting in plan:
-            python = interpreter(program, given)
-            warm_up = 1 if repeat == 0 else steps // 2
-            work = work_of(case, data, 2 if repeat == 0 else steps)
-            began = time.monotonic()
-            measured = run(program, setting, python, work, given.threads, warm_up)
-            seconds = time.monotonic() - began
-            print(
-                f"{'untimed' if repeat == 0 else f'repeat {repeat}'}  {case.name}  {program} ({setting})  "
-                f"{measured.supervised_per_second:,.0f} supervised tokens/s  {seconds:.0f} s",
-                flush=True,
-            )
-            if repeat:
-                runs.setdefault((case.name, program, setting), []).append(measured)
+    runs: dict[tuple[str, str, str], list[Measured]] = {(case.name, *entrant): [] for case, _, *entrant in plan}
+    try:
+        for repeat in range(0 if repeats > 1 else 1, repeats + 1):
+            for case, data, program, setting in plan:
+                measured = once(case, data, program, setting, repeat, given, steps)
+                if repeat:
+                    runs[case.name, program, setting].append(measured)
+    except KeyboardInterrupt:
+        complete = min(map(len, runs.values()))
+        if not complete:
+            raise
+        print(f"Interrupted: {complete} of {repeats} repeats are complete", flush=True)
+        runs = {entrant: found[:complete] for entrant, found in runs.items()}
     return [
         Entry(case, program, setting, settings_of(program)[setting], found)
         for (case, program, setting), found in runs.items()
     ]
+
+
+def once(
+    case: Case, data: Path, program: str, setting: str, repeat: int, given: argparse.Namespace, steps: int
+) -> Measured:
+    """One run; repeat 0 is untimed and short."""
+    warm_up = 1 if repeat == 0 else steps // 2
+    work = work_of(case, data, 2 if repeat == 0 else steps)
+    began = time.monotonic()
+    measured = run(program, setting, interpreter(program, given), work, given.threads, warm_up)
+    print(
+        f"{'untimed' if repeat == 0 else f'repeat {repeat}'}  {case.name}  {program} ({setting})  "
+        f"{measured.supervised_per_second:,.0f} supervised tokens/s  {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return measured
 
 
 def interpreter(program: str, given: argparse.Namespace) -> Path:
@@ -186,6 +200,7 @@ def main() -> None:
         raise SystemExit("--steps must be at least 2: half of them are warm-up")
     load, began = os.getloadavg(), time.time()
     entries = measure(cases, given, repeats, steps)
+    repeats = min(len(entry.runs) for entry in entries)
     programs = dict.fromkeys(entry.program for entry in entries)
     bars = bar_lines(BARS, entries)
     report = {

@@ -71,7 +71,12 @@ def run(name: str, setting: str, python: Path, work: Work, threads: int, warm_up
             process = subprocess.Popen(
                 started.command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-            status, memory = wait(process)
+            try:
+                status, memory = wait(process)
+            except KeyboardInterrupt:
+                process.kill()
+                os.wait4(process.pid, 0)
+                raise
         if status != 0:
             last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             command = " ".join(started.command)
