@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: train test lint ci install clean
+.PHONY: train test faults lint ci install clean
 
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -28,6 +28,10 @@ ALL_TESTS := --numprocesses logical --maxprocesses 4 --dist loadscope --no-loads
 
 test: .venv/.dev
 	@python -m pytest $(or $(ARGS),$(ALL_TESTS))
+
+# Every fault trial in its long form, one after another, and the table of docs/reliability.md.
+faults: .venv/.dev
+	@python -m pytest tests/faults --all-faults --table docs/reliability.md $(ARGS)
 
 lint: .venv/.dev
 	@ruff check .

@@ -16,8 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-SLOWEST_FIRST = ("parity", "entry", "golden", "contract", "unit")
+SLOWEST_FIRST = ("parity", "entry", "faults", "golden", "contract", "unit")
 NEED_RANKS = ("tests/parity/", "tests/unit/test_decode.py", "tests/unit/test_pool.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-faults", action="store_true", help="run the long forms of the fault trials too")
+    parser.addoption("--table", help="write the results of the fault trials into this page")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
