@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import __version__, errors
-from distft.errors import Mistakes, Stalled, Stop, UserMistake
+from distft.errors import Mistakes, SignalStop, Stalled, Stop, UserMistake
 
 if TYPE_CHECKING:
     from distft.config.load import Composed
@@ -116,16 +116,23 @@ def shows_only(argv: list[str]) -> bool:
 def be_rank(argv: list[str], place: Place) -> int:
     """A worker: agree with the other ranks, then train."""
     from distft.launch import worker
+    from distft.launch.failure import Failure
     from distft.verbs.preflight import preflight
     from distft.verbs.train import work
 
     worker.be_a_rank(place)
-    code = errors.BUG
+    code, run_dir = errors.BUG, worker.folder_told(argv)
     try:
         run, run_dir, store = worker.prepare(argv, command_of(), place, preflight)
         code = work(run, run_dir, store)
+    except SignalStop as stop:
+        code = stop.exit_code
+        if place.is_main:
+            told(stop)
     except Stop as stop:
         code = stop.exit_code
+        if run_dir is not None:
+            Failure.of(stop, place.rank).write(run_dir)
         # Rank 0 speaks for all; but that it cannot be reached only the other nodes can tell.
         if place.is_main or (isinstance(stop, Stalled) and place.local_rank == 0):
             told(stop)
@@ -134,6 +141,10 @@ def be_rank(argv: list[str], place: Place) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    except Exception as error:
+        if run_dir is not None:
+            Failure.of(error, place.rank).write(run_dir)
+        raise
     finally:
         worker.leave_exit_code(place, code)
     return code
@@ -253,8 +264,10 @@ def preflight(argv: list[str]) -> int:
     """`distft preflight <config.yaml>`: of a run folder, as the controller has it done."""
     from distft.config.check import settle
     from distft.config.load import read_snapshot
+    from distft.parent import follow_controller
     from distft.verbs.preflight import preflight as verb
 
+    follow_controller()
     paths = [word for word in argv if not word.startswith("-")]
     if len(paths) != 1:
         raise UserMistake("distft preflight takes one path: the config.yaml of a run folder.")

@@ -17,6 +17,7 @@ from torch import Tensor
 from distft.config.schema import Run
 from distft.errors import GuardStop, SignalStop, UserMistake
 from distft.evaluation.loss import evaluate
+from distft.launch.stop import STOP_SIGNALS, name_of
 from distft.objective.trainee import LossRequest, LossSums
 from distft.optim import lr_at
 from distft.perf import memory
@@ -128,7 +129,7 @@ class Fit:
     log: Log
     state: TrainState
     checkpoints: WriteBehind
-    stop_requested: Callable[[], bool]  # a signal has arrived at this process
+    stop_requested: Callable[[], list[bool]]  # which of STOP_SIGNALS have arrived at this process
     flops: Callable[[Step], float]  # model FLOPs of one global batch
     peak_flops: float | None  # of all ranks together; None where unknown
     interval: Interval = field(default_factory=Interval, init=False)
@@ -148,7 +149,7 @@ class Fit:
 
     def train(self) -> str:
         config, state = self.config, self.state
-        agreement = Agreement(self.world, num_flags=2)
+        agreement = Agreement(self.world, num_flags=1 + len(STOP_SIGNALS))
         self.interval = Interval()
         self.saved_at = state.step
         if config.eval.at_start and state.step == 0:
@@ -169,15 +170,13 @@ class Fit:
                 self.checkpoint()
             if out_of_patience:
                 return "early_stopped"
-            failed, stop = agreement.ask(self.checkpoints.failed, self.stop_requested())
+            failed, *stop = agreement.ask(self.checkpoints.failed, *self.stop_requested())
             if failed:
                 self.checkpoints.wait()
-            if stop and state.step < self.num_steps:
+            if any(stop) and state.step < self.num_steps:
                 self.checkpoint()
                 self.checkpoints.wait()
-                raise SignalStop(
-                    f"Stopped by a signal after step {state.step}; the checkpoint of this step is complete."
-                )
+                raise SignalStop(self.stop_sentence(stop))
             collect_at(state.step)
 
         return "done"
@@ -205,6 +204,10 @@ class Fit:
         self.interval.tokens += step.num_tokens
         self.interval.flops += self.flops(step)
         return strategy.step(lr_at(self.state.step, self.num_steps, config.optim, config.schedule)), nll
+
+    def stop_sentence(self, agreed: Sequence[bool]) -> str:
+        names = " and ".join(name_of(number) for number, came in zip(STOP_SIGNALS, agreed, strict=True) if came)
+        return f"Stopped by {names} after step {self.state.step}; the checkpoint of this step is complete."
 
     def due(self, every: int) -> bool:
         return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)

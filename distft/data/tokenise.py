@@ -25,6 +25,7 @@ from distft.data.progress import Progress
 from distft.data.rows import BadRow, Document, Row, Unfit
 from distft.data.sources import SourceSpec, read_rows
 from distft.errors import UserMistake
+from distft.parent import follow
 
 LOOKED_AT = 32  # documents that the encoder looks at before the rest is read
 HOPELESS = 2000  # rows rejected one after another from the first on: the rest is not read
@@ -175,6 +176,7 @@ _worker: tuple[SourceSpec, Encoder] | None = None  # of this process, set once w
 def start_worker(spec: SourceSpec, encoder: Encoder) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    follow(os.getppid(), signal.SIGKILL)  # the fork server, which ends with whoever tokenises
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: there is a process a core
     _worker = spec, encoder
 

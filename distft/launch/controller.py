@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +19,11 @@ from distft.config.schema import Run
 from distft.errors import Mistakes
 from distft.launch import output
 from distft.launch.folder import make_folder, place_run
-from distft.launch.start import Signals, run_direct, run_launcher, verb_command, worker_commands
+from distft.launch.start import verb_command, worker_commands
+from distft.launch.stop import STOP_SIGNALS, Signals
 from distft.launch.topology import num_ranks
+from distft.launch.watch import run_direct, run_launcher
+from distft.parent import PARENT
 
 JOBS = "jobs.jsonl"  # in a sweep's folder: a line for each job that ended
 
@@ -66,14 +68,15 @@ def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
     """All ranks on this machine."""
     signals = Signals()
     snapshot = run_dir / "config.yaml"
-    code = preflight_in_child(snapshot, signals)
-    if code or signals.received:
-        return code or errors.SAVED_AFTER_SIGNAL
-    commands = worker_commands(run.launch.engine, num_ranks(run.launch.ranks), snapshot, resume)
-    if run.launch.engine == "direct":
-        return run_direct(commands, run_dir, signals)
-    with tempfile.TemporaryDirectory(prefix="distft-") as status:
-        return run_launcher(commands[0], run_dir, signals, Path(status))
+    with signals.caught():
+        code = preflight_in_child(snapshot, signals)
+        if code or signals.received:
+            return code or errors.SAVED_AFTER_SIGNAL
+        commands = worker_commands(run.launch.engine, num_ranks(run.launch.ranks), snapshot, resume)
+        if run.launch.engine == "direct":
+            return run_direct(commands, run_dir, signals).code
+        with tempfile.TemporaryDirectory(prefix="distft-") as status:
+            return run_launcher(commands[0], run_dir, signals, Path(status)).code
 
 
 TARGETS = {"local": start_local}  # by launch.target
@@ -82,18 +85,22 @@ TARGETS = {"local": start_local}  # by launch.target
 def preflight_in_child(snapshot: Path, signals: Signals) -> int:
     """`distft preflight` in a process that ends before any rank starts, and with it all that it imported."""
     command = verb_command("preflight", str(snapshot))
-    with signals.caught():
-        process = subprocess.Popen(command.argv, env={**os.environ, **command.environment}, process_group=0)
-        sent = 0
-        while process.poll() is None:
-            if len(signals.received) > sent:
-                process.send_signal(signals.received[sent])
-                sent += 1
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                continue
-    if process.returncode in (-signal.SIGTERM, -signal.SIGINT):
+    environment = {**os.environ, **command.environment, PARENT: str(os.getpid())}
+    process = subprocess.Popen(command.argv, env=environment, process_group=0)
+    sent = 0
+    while process.poll() is None:
+        if len(signals.received) > sent:
+            process.send_signal(signals.received[sent])
+            sent += 1
+        if signals.at_once:
+            process.kill()
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+    if signals.at_once:
+        return errors.ENDED_AT_ONCE
+    if -process.returncode in STOP_SIGNALS:
         return errors.SAVED_AFTER_SIGNAL
     return process.returncode if process.returncode >= 0 else errors.BUG
 

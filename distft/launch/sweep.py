@@ -25,8 +25,11 @@ from distft.config.load import Composed, compose, hydra_over
 from distft.errors import Stop, UserMistake
 from distft.launch import agree
 from distft.launch.controller import in_sweep, note_job, sweep_verdict
-from distft.launch.start import CRASH_SECONDS, DELIBERATE, STOP_SECONDS, Signals, kill_groups, quoted, verb_command
+from distft.launch.failure import DELIBERATE
+from distft.launch.start import quoted, verb_command
+from distft.launch.stop import Signals
 from distft.launch.topology import Place, free_port
+from distft.launch.watch import CRASH_SECONDS, STOP_SECONDS, kill_groups
 from distft.launch.worker import without_local_rank
 
 if TYPE_CHECKING:
@@ -121,7 +124,7 @@ def run_job(number: int, words: list[str], folder: Path, place: Place, store: St
         if deadline == float("inf") and store.check([failed_key]):
             code = json.loads(store.get(failed_key))
             deadline = time.monotonic() + (STOP_SECONDS if code in DELIBERATE else CRASH_SECONDS)
-        if time.monotonic() > deadline:
+        if signals.at_once or time.monotonic() > deadline:
             kill_groups([child])
         time.sleep(0.1)
     code = child.returncode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import re
@@ -18,8 +17,9 @@ from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
 from distft.errors import Mistakes, Stop, UserMistake
 from distft.launch import agree, folder, output
-from distft.launch.start import PARENT, STATUS_FOLDER
+from distft.launch.start import STATUS_FOLDER
 from distft.launch.topology import Place, slurm_environment
+from distft.parent import follow_controller
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -90,15 +90,27 @@ def read_run(arguments: Arguments) -> Run:
 
 
 def be_a_rank(place: Place) -> None:
-    """Set what the environment lacks, and leave the process id where a controller looks for it."""
+    """Set what the environment lacks, and leave the process id where a controller looks for it.
+
+    Until training begins there is nothing to save, so a stop signal ends the process as it ends any other. Once it has
+    begun, a controller that is killed takes its ranks along by way of a checkpoint.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else a traceback
     for name, value in slurm_environment(place, os.environ).items():
         os.environ[name] = value
     status = os.environ.get(STATUS_FOLDER)
     if status:
         Path(status, f"rank-{place.rank}.pid").write_text(str(os.getpid()))
-    if os.environ.get(PARENT) == str(os.getppid()):
-        # PR_SET_PDEATHSIG: a controller that is killed takes its ranks along, by way of a checkpoint.
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+    follow_controller()
+
+
+def folder_told(argv: Sequence[str]) -> Path | None:
+    """The run folder that a controller names on a rank's command line."""
+    for word in argv:
+        if word.startswith("--snapshot="):
+            return Path(word.removeprefix("--snapshot=")).absolute().parent
+    return None
 
 
 def leave_exit_code(place: Place, code: int) -> None:

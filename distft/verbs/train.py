@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from distft import errors
 from distft.config.load import config_hash
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, Stalled, Stop, UserMistake
+from distft.launch.stop import StopFlag
 from distft.prepared import Prepared
 from distft.result import summary_of, tell_the_end, write_result
 
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
     from distft.world import World
 
 
-class SignalFlag:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; the loop looks at the flag once a step."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame: object) -> None:
-        self.raised = True
-
-    def __call__(self) -> bool:
-        return self.raised
-
-
 def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
     """Train as one rank of the world that the environment names, after preflight. Returns exit code 0.
 
@@ -55,7 +40,6 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
     from distft.log import Log
     from distft.world import join, leave
 
-    stop_requested = SignalFlag()
     world = join(store, run.guard.stall_seconds)
     stalled = False
     try:
@@ -63,7 +47,7 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
         state, resumed = job.restore()
         with Log(run, run_dir, world, job.num_steps, resumed, state.tracker_run) as log:
             state.tracker_run = log.wandb_id
-            job.train(state, log, stop_requested)
+            job.train(state, log, StopFlag())
     except RuntimeError as error:
         stalled = timed_out(error)
         if not stalled:
@@ -193,7 +177,7 @@ class Job:
             "seed": run.seed,
         }
 
-    def train(self, state: TrainState, log: Log, stop_requested: SignalFlag) -> None:
+    def train(self, state: TrainState, log: Log, stop_requested: StopFlag) -> None:
         """Fit, then write and check what was trained. `result.json` tells the end, whatever it was."""
         from distft.checkpoint.behind import WriteBehind
         from distft.data.batches import Prefetch

@@ -1,4 +1,4 @@
-"""Who a process is, where a run lies, what ranks settle before they train, and how the watch ends."""
+"""Who a process is, where a run lies, and what ranks settle before they train."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from distft.launch import agree
 from distft.launch.controller import note_job, sweep_verdict
 from distft.launch.folder import make_folder, place_run
 from distft.launch.output import Tee
-from distft.launch.start import Command, Signals, kill_groups, verdict, watch
+from distft.launch.start import Command
 from distft.launch.sweep import jobs_of
 from distft.launch.topology import Place, count_gpus, free_port, hosts_of, place_of, slurm_environment, tasks_per_node
 from distft.launch.worker import read_arguments, without_local_rank
@@ -232,6 +230,7 @@ def test_a_rank_that_cannot_read_its_configuration_is_heard() -> None:
 
 BLIND = """
 import sys
+import threading
 from pathlib import Path
 from distft.launch import agree
 from distft.launch.sweep import jobs_of
@@ -269,52 +268,6 @@ def test_a_folder_that_another_host_does_not_see_is_refused(tmp_path: Path) -> N
         assert [process.returncode for process in processes] == [code, code]
         assert ("all nodes need one file system" in texts[0]) == bool(prefix)
         assert texts[1] == ""
-
-
-def started(*scripts: str) -> list[subprocess.Popen[bytes]]:
-    return [subprocess.Popen([sys.executable, "-c", script], process_group=0) for script in scripts]
-
-
-SLEEP = "import time; time.sleep(60)"
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-
-
-def test_when_one_rank_dies_the_others_are_ended_within_ten_seconds() -> None:
-    processes = started("import os; os.kill(os.getpid(), 9)", DEAF)
-    began = time.monotonic()
-    codes, failed = watch(processes, Signals(), lambda number: None, lambda: kill_groups(processes))
-    assert time.monotonic() - began < 10
-    assert (codes, failed) == ([-9, -9], 0)
-
-
-def test_a_signal_is_passed_on_once_and_a_second_one_ends_all() -> None:
-    processes = started(DEAF, DEAF)
-    signals, sent = Signals(), []
-
-    def twice() -> None:
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with signals.caught():
-        thread = threading.Thread(target=twice)
-        thread.start()
-        codes, _ = watch(processes, signals, sent.append, lambda: kill_groups(processes))
-        thread.join()
-    assert sent == [signal.SIGTERM]
-    assert codes == [-9, -9]
-
-
-def test_the_verdict_over_the_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rank-1.log").write_text("its last words\n")
-    assert verdict({0: 0, 1: 0}, None, tmp_path) == errors.DONE
-    assert verdict({0: errors.STOPPED_BY_GUARD, 1: errors.STOPPED_BY_GUARD}, 1, tmp_path) == errors.STOPPED_BY_GUARD
-    assert capsys.readouterr().err == ""
-    assert verdict({0: 1, 1: 1}, 1, tmp_path) == errors.BUG
-    assert "its last words" in capsys.readouterr().err
-    assert verdict({0: 1, 1: -9}, 1, tmp_path) == errors.BUG
-    assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
 
 
 def test_a_sweep_tells_its_jobs_and_the_sweeper_its_objective(
