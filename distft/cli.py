@@ -193,12 +193,13 @@ def sweep_rules(composed: Composed) -> list[str]:
 def run_snapshot(argv: list[str]) -> int:
     """`distft train --snapshot=…` outside any launcher: the world is this process."""
     from distft.config.check import settle
-    from distft.launch import output, worker
+    from distft.launch import lock, output, worker
 
     arguments = worker.read_arguments(argv)
     assert arguments.snapshot is not None
     run_dir = arguments.snapshot.absolute().parent
     run = settle(worker.read_run(arguments))
+    lock.take(run_dir)
     output.keep(run_dir, 0)
     return in_process(run, run_dir, arguments.prepared)
 
@@ -236,6 +237,7 @@ def job(cfg: Any) -> float | None:
     from hydra.types import RunMode
 
     from distft.config.load import to_run
+    from distft.launch import lock
     from distft.launch.controller import note_job, start_run
 
     hydra_config = HydraConfig.get()
@@ -252,6 +254,8 @@ def job(cfg: Any) -> float | None:
     except Exception:
         traceback.print_exc()
         ended_with = errors.BUG
+    finally:
+        lock.release()
     if folder is None:
         return None
     value = note_job(Path(hydra_config.sweep.dir), int(hydra_config.job.num), overrides, folder, ended_with)
@@ -264,6 +268,7 @@ def preflight(argv: list[str]) -> int:
     """`distft preflight <config.yaml>`: of a run folder, as the controller has it done."""
     from distft.config.check import settle
     from distft.config.load import read_snapshot
+    from distft.launch import lock
     from distft.parent import follow_controller
     from distft.verbs.preflight import preflight as verb
 
@@ -274,7 +279,9 @@ def preflight(argv: list[str]) -> int:
     snapshot = Path(paths[0]).absolute()
     if snapshot.is_dir():
         snapshot = snapshot / "config.yaml"
-    verb(settle(read_snapshot(snapshot)), snapshot.parent)
+    run = settle(read_snapshot(snapshot))
+    lock.take(snapshot.parent)
+    verb(run, snapshot.parent)
     return errors.DONE
 
 

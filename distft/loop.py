@@ -175,7 +175,7 @@ class Fit:
                 self.checkpoints.wait()
             if any(stop) and state.step < self.num_steps:
                 self.checkpoint()
-                self.checkpoints.wait()
+                self.checkpoints.wait(needed=True)
                 raise SignalStop(self.stop_sentence(stop))
             collect_at(state.step)
 

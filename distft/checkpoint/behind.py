@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distft.checkpoint import ranges
-from distft.checkpoint.ranks import Ranks
-from distft.checkpoint.state import TrainState, owned, verify_saved, write
+from distft.checkpoint.ranks import DiskFull, Ranks
+from distft.checkpoint.state import TrainState, owned, verify_saved
+from distft.checkpoint.writing import write
 from distft.config.schema import Run
 from distft.errors import Stop
 from distft.strategy.base import Shard
@@ -36,14 +37,17 @@ class WriteBehind:
 
     The thread does what `state.write` does, in the same order; it talks to the other ranks' threads over a group of
     its own, so that training's collectives and its own never meet. One checkpoint is in the making at a time. What a
-    thread could not do is raised by the next `wait` or `save`; `failed` tells that there is something to raise. The
-    first checkpoint is read again and compared bit for bit with what was trained.
+    thread could not do is raised by the next `wait` or `save`; `failed` tells that there is something to raise. Where
+    a disk is full and `checkpoint.on_full=skip`, it is told through `say` instead and the run goes on. Every checkpoint
+    is read back from the disk before it counts; the first is also compared bit for bit with what was trained.
 
     Use as a context: it is left when the last checkpoint is complete.
     """
 
-    def __init__(self, run: Run, run_dir: Path, strategy: Strategy, world: World) -> None:
-        self.run, self.run_dir, self.strategy, self.world = run, run_dir, strategy, world
+    def __init__(
+        self, run: Run, run_dir: Path, strategy: Strategy, world: World, say: Callable[[str], None] = print
+    ) -> None:
+        self.run, self.run_dir, self.strategy, self.world, self.say = run, run_dir, strategy, world, say
         group = None
         if world.size > 1:
             longest = datetime.timedelta(seconds=run.guard.stall_seconds)
@@ -51,6 +55,7 @@ class WriteBehind:
         self.ranks = Ranks(world, group)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.left_out: DiskFull | None = None  # why the last checkpoint is not there, by checkpoint.on_full=skip
         self.compared_one = False
 
     def __enter__(self) -> WriteBehind:
@@ -71,6 +76,7 @@ class WriteBehind:
             Stop: what became of the one before it, see `wait`.
         """
         self.wait()
+        self.left_out = None
         state.num_updates = self.strategy.num_updates
         shards, event = owned(self.strategy), None
         behind = self.run.checkpoint.background
@@ -101,8 +107,10 @@ class WriteBehind:
         """Whether `wait` would raise at once. Answers without waiting."""
         return self.error is not None
 
-    def wait(self) -> None:
+    def wait(self, needed: bool = False) -> None:
         """Until the last checkpoint is complete on all ranks.
+
+        `needed`: the run cannot do without it, whatever `checkpoint.on_full` says.
 
         Raises:
             UserMistake: it could not be written; the checkpoints before it are untouched.
@@ -114,6 +122,8 @@ class WriteBehind:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+        if needed and self.left_out is not None:
+            raise self.left_out
 
     def _write(self, shards: list[Shard], event: Any, values: dict[str, Any]) -> None:
         try:
@@ -124,8 +134,21 @@ class WriteBehind:
             if not self.compared_one:
                 verify_saved(folder, shards, self.ranks)
                 self.compared_one = True
+        except DiskFull as full:
+            self._without_room(full)
         except BaseException as error:  # raised again where training waits for it
             self.error = error
+
+    def _without_room(self, full: DiskFull) -> None:
+        if self.run.checkpoint.on_full == "skip":
+            self.left_out = full
+            if self.world.is_main:
+                self.say(f"{full} The run goes on without this checkpoint (checkpoint.on_full=skip)")
+            return
+        self.error = DiskFull(
+            f"{full} Then go on from the previous checkpoint with resume={self.run_dir}. A run that should rather go "
+            "on without a checkpoint: checkpoint.on_full=skip."
+        )
 
 
 @torch.no_grad()

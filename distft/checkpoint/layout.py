@@ -5,7 +5,8 @@
     <run>/checkpoints/latest                                 newest step and its manifest's sha256
     <run>/checkpoints/step-000200.tmp-4f2a91c0/              being written, or left over from a run that was killed
 
-A step appears by a rename after everything in it has reached the disk, so a folder named `step-N` is whole.
+A step appears by a rename after everything in it has reached the disk and was read back from there with equal hashes:
+a folder named `step-N` is whole and was verified once. Only then do older ones go.
 """
 
 from __future__ import annotations
@@ -95,11 +96,11 @@ def rank_file(rank: int) -> str:
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Steps that have a complete checkpoint, ascending."""
+    """Steps that were published, ascending; whether they are still what was published, `check` tells."""
     folder = run_dir / CHECKPOINTS
     if not folder.is_dir():
         return []
-    found = (STEP.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    found = (STEP.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -146,13 +147,23 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def clean(run_dir: Path) -> list[str]:
+    """Delete what saves that died have left over; returns the names. Whoever calls it holds the run folder's lock."""
+    folder = run_dir / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    dead = [path for path in sorted(folder.iterdir()) if LEFTOVER.fullmatch(path.name)]
+    for path in dead:
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / f"{LATEST}.tmp").unlink(missing_ok=True)
+    return [path.name for path in dead]
+
+
 def begin(run_dir: Path, step: int, token: str) -> Path:
-    """Make the folder into which the ranks write; clears what a killed run left over. One rank calls it."""
+    """Make the folder into which the ranks write; clears what a save that failed left over. One rank calls it."""
     folder = run_dir / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    clean(run_dir)
     made = folder / f"step-{step:06d}.tmp-{token}"
     made.mkdir()
     return made
@@ -163,9 +174,12 @@ def commit(written: Path, manifest: Manifest) -> Path:
 
     Killed at any instant, either the step is not there and the ones before it are, or it is there whole.
     """
-    write_synced(written / MANIFEST, manifest.text())
+    text = manifest.text()
+    write_synced(written / MANIFEST, text)
     fsync(written)
     digest = _sha256(written / MANIFEST)
+    if digest != hashlib.sha256(text.encode()).hexdigest():
+        raise Damaged(f"{written / MANIFEST} is not what was written into it")
     final = written.parent / f"step-{manifest.step:06d}"
     if final.exists():  # the same step from before the run went back behind it
         discard(final)

@@ -22,18 +22,15 @@ from torch import Tensor
 from distft.checkpoint.layout import Damaged, FileRecord
 from distft.strategy.base import Shard
 
-BLOCK = 1 << 24  # bytes hashed at a time
+BLOCK = 1 << 22  # bytes hashed at a time: what a processor's cache holds
 
 
 def key_of(shard: Shard) -> str:
     return f"{shard.kind}/{shard.name}"
 
 
-def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
-    """Write `shards` and bring them to the disk, one tensor in host memory at a time; hashed as they are written.
-
-    The bytes hashed are those handed to the file system, so that a later reading finds what the disk changed.
-    """
+def header_of(shards: Sequence[Shard]) -> bytes:
+    """What stands before the tensors: safetensors' length and JSON, with every range's place in its parameter."""
     index = {key_of(shard): [shard.start, list(shard.shape)] for shard in shards}
     header: dict[str, Any] = {"__metadata__": {"index": json.dumps(index)}}
     offset = 0
@@ -44,12 +41,24 @@ def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
+    return struct.pack("<Q", len(text)) + text
 
+
+def num_bytes_of(shards: Sequence[Shard]) -> int:
+    """Bytes of the file that `write` makes of them."""
+    return len(header_of(shards)) + sum(4 * shard.tensor.numel() for shard in shards)
+
+
+def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
+    """Write `shards` and bring them to the disk, one tensor in host memory at a time; hashed as they are written.
+
+    The bytes hashed are those handed to the file system, so that a later reading finds what the disk changed.
+    """
+    head = header_of(shards)
     digest = xxhash.xxh3_128()
     with open(path, "wb") as file:
-        for part in (struct.pack("<Q", len(text)), text):
-            file.write(part)
-            digest.update(part)
+        file.write(head)
+        digest.update(head)
         for shard in shards:
             data: Any = shard.tensor.detach().cpu().contiguous().numpy()
             file.write(data)
@@ -61,11 +70,27 @@ def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
 
 def hash_file(path: Path) -> str:
     """XXH3-128 of a whole file."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while length := file.readinto(block):
+            digest.update(block[:length])
     return digest.hexdigest()
+
+
+def read_back(path: Path, record: FileRecord) -> str:
+    """What the disk gives back of a file that was synced: nothing is wrong (an empty string), or what is.
+
+    The kernel's copy of it in memory is dropped first, so that what is read comes from the disk (or, on a network file
+    system, from its server; memory is all that tmpfs has).
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    if path.stat().st_size != record.num_bytes:
+        return f"{path} has {path.stat().st_size} bytes, not the {record.num_bytes} that were written"
+    return "" if hash_file(path) == record.xxh3_128 else f"{path} holds other bytes than were written"
 
 
 def coverage(shards: Iterable[Shard]) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from distft.errors import UserMistake
+from distft.errors import NegativeVerdict, Stop, UserMistake
 from distft.world import World
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(UserMistake):
+    """No room, or no quota, for a checkpoint; `checkpoint.on_full` says what follows."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a rank met, in a form that travels to the others."""
+
+    kind: type[Exception]  # DiskFull, UserMistake (the disk refuses), NegativeVerdict (it lies) or RuntimeError
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Problem:
+        if isinstance(error, OSError):
+            return cls(DiskFull if error.errno in FULL else UserMistake, f"{error.strerror}: {error.filename}")
+        if isinstance(error, DiskFull | NegativeVerdict):
+            return cls(type(error), str(error))
+        kind = UserMistake if isinstance(error, Stop) else RuntimeError
+        return cls(kind, str(error) if kind is UserMistake else f"{type(error).__name__}: {error}")
+
+
+def gravest(problems: list[Problem]) -> type[Exception]:
+    """The kind that all ranks raise where several were met."""
+    order = (RuntimeError, NegativeVerdict, UserMistake, DiskFull)
+    return min((problem.kind for problem in problems), key=order.index)
 
 
 @dataclass(frozen=True)
@@ -27,27 +57,24 @@ class Ranks:
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
+    def first(self, value: Any) -> Any:
+        """Rank 0's `value`: what a folder holds, network file systems do not show to all ranks at the same moment."""
+        return self.gather(value if self.world.is_main else None)[0]
+
     def on_main(self, action: Callable[[], Any]) -> None:
         """Run on rank 0; the others wait for it, and where it raises, all ranks raise.
 
         Raises:
-            UserMistake: the disk refused.
+            DiskFull, UserMistake: the disk refused.
+            NegativeVerdict: it does not hold what was written.
             RuntimeError: anything else.
         """
-        problem: tuple[str, bool] | None = None
+        problem: Problem | None = None
         if self.world.is_main:
             try:
                 action()
-            except OSError as error:
-                problem = f"{error.strerror}: {error.filename}", True
             except Exception as error:  # told on every rank instead of leaving the others in a collective
-                problem = f"{type(error).__name__}: {error}", False
-        problem = self.gather(problem)[0]
-        if problem is None:
-            return
-        text, of_the_disk = problem
-        if of_the_disk:
-            raise UserMistake(
-                f"The checkpoint could not be written ({text}). Set run.dir to another disk, then resume."
-            )
-        raise RuntimeError(text)
+                problem = Problem.of(error)
+        problem = self.first(problem)
+        if problem is not None:
+            raise problem.kind(problem.text)

@@ -1,10 +1,8 @@
-"""What is saved of a run, how all ranks save it together, and how any number of ranks takes it up again."""
+"""What is saved of a run, and how any number of ranks takes it up again."""
 
 from __future__ import annotations
 
 import dataclasses
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors import SafetensorError
 from distft.checkpoint import layout, ranges
 from distft.checkpoint.layout import Damaged, Manifest
 from distft.checkpoint.ranks import Ranks
+from distft.checkpoint.writing import write
 from distft.errors import NegativeVerdict, UserMistake
 from distft.world import World
 
@@ -37,7 +36,8 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     config_hash: str = ""
-    identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run may not change, by knob
+    identity: dict[str, Any] = field(default_factory=dict)  # hashes of what a resumed run may not change
+    config: dict[str, Any] = field(default_factory=dict)  # the knobs that a resumed run is compared by
     source_tokens: dict[str, int] = field(default_factory=dict)  # real tokens seen, by source
     source_supervised: dict[str, int] = field(default_factory=dict)  # supervised tokens seen, by source
     base_hashes: dict[str, str] = field(default_factory=dict)  # of the model folder's weight files, see `hash_base`
@@ -68,55 +68,6 @@ def owned(strategy: Strategy) -> list[Shard]:
     return list(strategy.shards()) if strategy.writes_shards else []
 
 
-def write(
-    run_dir: Path, shards: Sequence[Shard], values: dict[str, Any], ranks: Ranks, *, keep: int, engine: str
-) -> Path:
-    """Write the checkpoint of a state's `values`, this rank's part being `shards`. Returns the step's folder.
-
-    Each rank writes and syncs its file; once all have, rank 0 makes the step appear and deletes what is not kept. It
-    may run on a thread: it talks to the other ranks over the group of `ranks` alone.
-
-    Args:
-        keep: how many of the newest stay on disk; the best one stays too.
-        engine: the strategy's name, for the reader of the manifest.
-
-    Raises:
-        UserMistake: a rank could not write (a full disk, a lost mount); the checkpoints before it are untouched.
-    """
-    step = values["step"]
-    folder = _begin(run_dir, step, ranks)
-    result: tuple[layout.FileRecord, dict[str, Any]] | str
-    try:
-        result = ranges.write(folder / layout.rank_file(ranks.world.rank), shards), ranges.coverage(shards)
-    except OSError as error:
-        result = f"{error.strerror}: {error.filename or folder}"
-    results = ranks.gather(result)
-    failures = [f"rank {rank}: {one}" for rank, one in enumerate(results) if isinstance(one, str)]
-    if failures:
-        if ranks.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise UserMistake(
-            f"The checkpoint of step {step} could not be written ({'; '.join(failures[:3])}). Free space in "
-            f"{run_dir} or set run.dir to another disk, then go on from the previous checkpoint with resume={run_dir}."
-        )
-
-    def finish() -> None:
-        kinds, shapes = ranges.complete(coverage for _, coverage in results)
-        files = {layout.rank_file(rank): record for rank, (record, _) in enumerate(results)}
-        layout.commit(folder, Manifest(step, engine, ranks.world.size, kinds, shapes, files, values))
-        layout.retain(run_dir, step, keep, values["best_step"])
-
-    ranks.on_main(finish)
-    return layout.step_folder(run_dir, step)
-
-
-def _begin(run_dir: Path, step: int, ranks: Ranks) -> Path:
-    """Make the folder on rank 0; every rank learns its name."""
-    token = ranks.gather(secrets.token_hex(4) if ranks.world.is_main else "")[0]
-    ranks.on_main(lambda: layout.begin(run_dir, step, token))
-    return run_dir / layout.CHECKPOINTS / f"step-{step:06d}.tmp-{token}"
-
-
 def load(source: Path, strategy: Strategy, world: World, say: Callable[[str], None]) -> TrainState:
     """Take up the newest sound checkpoint of `source`, a run folder or one checkpoint, into `strategy`.
 
@@ -127,19 +78,31 @@ def load(source: Path, strategy: Strategy, world: World, say: Callable[[str], No
     Raises:
         UserMistake: there is none, none is sound, or it holds other parameters or another optimizer's moments.
     """
+    folder, manifest = choose(source, world, say)
+    fill(folder, manifest, strategy, world)
+    return TrainState.of(manifest.state)
+
+
+def choose(source: Path, world: World, say: Callable[[str], None]) -> tuple[Path, Manifest]:
+    """The newest checkpoint of `source` that verifies, as in `load`. Collective.
+
+    Raises:
+        UserMistake: there is none, or none is sound.
+    """
     wrong: list[str] = []
-    for folder in layout.candidates(source):
+    for folder in Ranks(world).first(layout.candidates(source)):
         manifest, problems = _verify(folder, world)
         if manifest is not None and not problems:
-            _fill(folder, manifest, strategy, world)
-            return TrainState.of(manifest.state)
+            return folder, manifest
         wrong += problems
         if world.is_main:
             for problem in problems:
                 say(f"Checkpoint {folder.name} is damaged and passed over: {problem}.")
     if wrong:
         text = "; ".join(wrong[:3])
-        raise UserMistake(f"resume: no checkpoint of {source} is sound: {text}. Start afresh with resume=never.")
+        raise UserMistake(
+            f"resume: no checkpoint of {source} is sound: {text}. Start anew with resume=never and another run.dir."
+        )
     raise UserMistake(f"resume: {source} holds no complete checkpoint. Name a run folder or one of its step folders.")
 
 
@@ -170,8 +133,12 @@ def _verify(folder: Path, world: World) -> tuple[Manifest | None, list[str]]:
     return manifest, list(dict.fromkeys(every))
 
 
-def _fill(folder: Path, manifest: Manifest, strategy: Strategy, world: World) -> None:
-    """Read this rank's ranges into the strategy."""
+def fill(folder: Path, manifest: Manifest, strategy: Strategy, world: World) -> None:
+    """Read this rank's ranges of a checkpoint that was verified into the strategy. Collective.
+
+    Raises:
+        UserMistake: it holds other parameters or another optimizer's moments.
+    """
     shards, ranks = list(strategy.shards()), Ranks(world)
     mismatches = [one for part in ranks.gather(_mismatches(manifest, shards)) for one in part]
     names = {name for part in ranks.gather([shard.name for shard in shards]) for name in part}

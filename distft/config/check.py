@@ -16,6 +16,7 @@ from typing import Any
 from distft.config.data_rules import data, files, looks_local, sources
 from distft.config.given import all_knobs, ignored, is_default, value_of
 from distft.config.ranges import RANGES
+from distft.config.resuming import HASHED
 from distft.config.schema import Run, Source
 from distft.config.schema.strategy import FSDP, ZERO
 from distft.config.words import knobs, nearest, sections
@@ -268,7 +269,7 @@ def tracking(run: Run) -> Iterator[str]:
 
 def resuming(run: Run) -> Iterator[str]:
     for name in run.resume_allow:
-        known = [*all_knobs(), *sections(Run)]
+        known = [*all_knobs(), *sections(Run), *HASHED]
         if name not in known:
             near = nearest(name, known)
             yield f"resume_allow: {name} is no knob." + (f" Did you mean {near}?" if near else "")

@@ -32,6 +32,7 @@ NOT_COMPUTED = (
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.background",
+    "checkpoint.on_full",
     "eval.samples",
     "eval.max_new_tokens",
     "guard.stall_seconds",

@@ -19,6 +19,7 @@ from distft.config.load import write_snapshot
 from distft.config.redact import redact
 from distft.config.schema import Run
 from distft.errors import UserMistake
+from distft.launch import lock
 
 PACKAGES = """
     distft torch transformers deepspeed peft datasets tokenizers hydra-core omegaconf wandb numpy pyarrow safetensors
@@ -58,7 +59,7 @@ def place_run(run: Run) -> tuple[Path | None, Run]:
     folder = Path(run.run.dir).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UserMistake(f"run.dir={run.run.dir} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not path.name.startswith(lock.LOCK) for path in folder.iterdir()):
         if not (folder / "config.yaml").is_file():
             raise UserMistake(f"run.dir={run.run.dir} holds files and is no run folder. Name a new or an empty one.")
         if run.resume == "never":
@@ -70,12 +71,17 @@ def place_run(run: Run) -> tuple[Path | None, Run]:
 
 
 def make_folder(run: Run, command: Sequence[str], folder: Path | None, job_id: str | None = None) -> Path:
-    """Make the run folder and write what repeats and explains the run. Returns its absolute path."""
+    """Make the run folder, hold it, and write what repeats and explains the run. Returns its absolute path.
+
+    Raises:
+        UserMistake: it cannot be made, or another launch holds it (see lock.py).
+    """
     path = folder or new_folder(run, job_id)
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserMistake(f"run.dir={path} cannot be made: {error.strerror}. Name one that you may write.") from None
+    lock.take(path)
     config = path / "config.yaml"
     if config.exists():  # a run that goes on: what it was started with stays beside
         moment = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(config.stat().st_mtime))

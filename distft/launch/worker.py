@@ -16,7 +16,7 @@ from distft.config.check import check, settle, with_absolute_paths
 from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
 from distft.errors import Mistakes, Stop, UserMistake
-from distft.launch import agree, folder, output
+from distft.launch import agree, folder, lock, output
 from distft.launch.start import STATUS_FOLDER
 from distft.launch.topology import Place, slurm_environment
 from distft.parent import follow_controller
@@ -147,10 +147,13 @@ def prepare(argv: Sequence[str], command: Sequence[str], place: Place, preflight
     def make() -> Path:
         if arguments.snapshot is not None:
             assert known is not None
+            lock.take(known)
             return known
         return folder.make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
 
     run_dir = agreement.folder(make)
+    if not place.is_main:
+        lock.join(run_dir)
     output.keep(run_dir, place.rank)
     if not arguments.prepared:
         agreement.preflight(lambda: preflight(settle(run), run_dir))

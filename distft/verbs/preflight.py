@@ -24,6 +24,7 @@ def preflight(run: Run, run_dir: Path) -> None:
     Raises:
         UserMistake: with the knob and the cure.
     """
+    from distft.checkpoint.resume import refuse_early
     from distft.data.batches import Plan
     from distft.data.encode import prepare, settle_template
     from distft.data.sources import texts
@@ -47,7 +48,7 @@ def preflight(run: Run, run_dir: Path) -> None:
     check_compiler(run)
     check_budget(run, model_folder, attention, plan)
     notes.append(describe(data.train, data.eval, num_steps, run, packed))
-    Prepared(
+    prepared = Prepared(
         model_folder=str(model_folder),
         tokenizer_folder=str(tokenizer_folder),
         data_folder=str(data.path),
@@ -55,7 +56,9 @@ def preflight(run: Run, run_dir: Path) -> None:
         packed=packed,
         attention=attention,
         notes=tuple(notes),
-    ).write(run_dir)
+    )
+    refuse_early(run, run_dir, prepared)
+    prepared.write(run_dir)
 
 
 def choose_layout(run: Run, model_folder: Path, notes: list[str]) -> tuple[str, bool]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distft import errors
-from distft.config.load import config_hash
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, Stalled, Stop, UserMistake
 from distft.launch.stop import StopFlag
@@ -153,29 +151,9 @@ class Job:
 
     def restore(self) -> tuple[TrainState, int | None]:
         """The state to start from, and the step of the checkpoint that it came from (None: a fresh start)."""
-        from distft.checkpoint import layout, state
+        from distft.checkpoint.resume import restore
 
-        run = self.run
-        fresh = state.TrainState(config_hash=config_hash(run), identity=self.identity(), base_hashes=self.base_hashes)
-        source = self.run_dir if run.resume == "auto" else Path(run.resume)
-        if run.resume == "never" or (run.resume == "auto" and not layout.candidates(source)):
-            return fresh, None
-        if saved := state.peek(source):
-            refuse_another_run(saved.identity, fresh.identity, run.resume_allow)
-            state.check_base(saved, self.base_hashes, Path(self.prepared.model_folder))
-        saved = state.load(source, self.strategy, self.world, say=print)
-        saved.config_hash, saved.identity = fresh.config_hash, fresh.identity
-        return saved, saved.step
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change between two halves of a run, by the knob that changes it."""
-        run = self.run
-        return {
-            "data": self.prepared.data_hash,
-            "data.sequence_length": run.data.sequence_length,
-            "batch.global_size": run.batch.global_size,
-            "seed": run.seed,
-        }
+        return restore(self.run, self.run_dir, self.prepared, self.base_hashes, self.strategy, self.world, say=print)
 
     def train(self, state: TrainState, log: Log, stop_requested: StopFlag) -> None:
         """Fit, then write and check what was trained. `result.json` tells the end, whatever it was."""
@@ -192,7 +170,7 @@ class Job:
         if state.step:
             log.say(f"Going on after step {state.step} of {self.num_steps}")
         peak = peak_flops(self.world.device, self.precision)
-        checkpoints = WriteBehind(self.run, self.run_dir, self.strategy, self.world)
+        checkpoints = WriteBehind(self.run, self.run_dir, self.strategy, self.world, log.say)
         fit = Fit(
             config=self.run,
             world=self.world,
@@ -228,6 +206,7 @@ class Job:
     def finish(self, status: str, state: TrainState, log: Log) -> list[dict[str, str]]:
         """Write `final/` and compare it with what was trained, then sample answers. Collective."""
         from distft.checkpoint.layout import step_folder
+        from distft.checkpoint.ranks import Ranks
         from distft.checkpoint.state import load
         from distft.evaluation.samples import sample_answers, take_probe
         from distft.model.decode import stop_ids
@@ -236,8 +215,12 @@ class Job:
 
         run, strategy, world = self.run, self.strategy, self.world
         if status == "early_stopped" and state.best_step not in (None, state.step):
-            load(step_folder(self.run_dir, state.best_step), strategy, world, say=log.say)
-            log.say(f"Early stopping: the best weights, those of step {state.best_step}, become the final ones")
+            best = step_folder(self.run_dir, state.best_step)
+            if Ranks(world).first(best.is_dir()):
+                load(best, strategy, world, say=log.say)
+                log.say(f"Early stopping: the best weights, those of step {state.best_step}, become the final ones")
+            else:  # checkpoint.on_full=skip
+                log.say(f"The best weights, those of step {state.best_step}, were not saved: the last ones are final")
         tokenizer = read_tokenizer(Path(self.prepared.tokenizer_folder), run.model.trust_remote_code)
         probe = take_probe(strategy, self.data.eval or self.data.train, len(tokenizer), world)
         gathered = strategy.gather()
@@ -308,14 +291,3 @@ def products_note(world: World, precision: str) -> list[str]:
     """`join` turned TF32 off: who compares speeds should know."""
     said = "fp32: matrix products in full precision, TF32 is off; precision=bf16 is several times as fast"
     return [said] if world.device.type == "cuda" and precision == "fp32" else []
-
-
-def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:
-    """A resumed run must see the same bins in the same order."""
-    differing = [knob for knob in now if saved.get(knob) != now[knob] and knob not in allowed]
-    changed = [f"{knob} was {saved.get(knob)}, is {now[knob]}" for knob in differing]
-    if changed:
-        raise UserMistake(
-            f"resume: the checkpoint belongs to another run: {'; '.join(changed)}. Set the knob back, start anew with "
-            f"resume=never and another run.dir, or accept the change with resume_allow=[{','.join(differing)}]."
-        )

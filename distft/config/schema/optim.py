@@ -96,6 +96,10 @@ class Checkpoint:
     """Write behind training, from a copy in host memory (12 bytes a trained parameter under AdamW, divided by the
     ranks). auto: where the copies take at most half of the host memory left, else training waits for the disk."""
 
+    on_full: str = choice("stop", "skip")
+    """Where a checkpoint does not fit on the disk. stop: end the run, with the cure. skip: say so, go on without it and
+    try again at the next; the one that a signal asks for is never skipped."""
+
 
 @dataclass
 class EarlyStopping:
