@@ -26,6 +26,7 @@ distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2
   distft data prepare [key=value …]      read and tokenise the data of a run, on any machine
   distft data show [key=value …]         rows as the model sees them (show.rows=3)
   distft generate <folder> [key=value …] answer a prompt with a trained model
+  distft verify <folder> [key=value …]   tell whether a checkpoint, model or adapter is what was saved
   distft preflight <config.yaml>         check a run's snapshot without a GPU
 
 distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistake, 3 a check said no,
@@ -325,18 +326,37 @@ def data(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """`distft generate <folder> [key=value …]`."""
+
+    def answer(settings: Any, folder: str) -> int:
+        from distft.verbs.generate import main as verb
+
+        return verb(settings, folder)
+
+    return of_folder("generate", "the final/ of a run, or any model's folder", argv, answer)
+
+
+def verify(argv: list[str]) -> int:
+    """`distft verify <folder> [key=value …]`."""
+
+    def look(settings: Any, folder: str) -> int:
+        from distft.verbs.verify import main as verb
+
+        return verb(settings, folder)
+
+    return of_folder("verify", "a run's, a checkpoint, a model or an adapter", argv, look)
+
+
+def of_folder(name: str, kinds: str, argv: list[str], verb: Callable[[Any, str], int]) -> int:
+    """A verb that takes one folder and the knobs of its own schema."""
     from distft.config.load import compose
 
     folders = [word for word in argv if not word.startswith("-") and "=" not in word]
     if len(folders) != 1 and not shows_only(argv):
-        raise UserMistake("distft generate takes one folder: the final/ of a run, or any model's folder.")
-    composed = compose([literal(word) for word in argv if word not in folders], verb="generate")
+        raise UserMistake(f"distft {name} takes one folder: {kinds}.")
+    composed = compose([literal(word) for word in argv if word not in folders], verb=name)
     if composed.line.shows_only:
-        hand_over(composed, "generate")
+        hand_over(composed, name)
         return errors.DONE
-
-    from distft.verbs.generate import main as verb
-
     return verb(composed.run, folders[0])
 
 
@@ -354,5 +374,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "data": data,
     "generate": generate,
+    "verify": verify,
     "preflight": preflight,
 }

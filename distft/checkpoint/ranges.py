@@ -19,10 +19,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distft.checkpoint.layout import Damaged, FileRecord
+from distft.checkpoint.layout import Damaged, FileRecord, Manifest
 from distft.strategy.base import Shard
-
-BLOCK = 1 << 22  # bytes hashed at a time: what a processor's cache holds
+from distft.weights.write import hash_file
 
 
 def key_of(shard: Shard) -> str:
@@ -68,13 +67,16 @@ def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
         return FileRecord(file.tell(), digest.hexdigest())
 
 
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a whole file."""
-    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while length := file.readinto(block):
-            digest.update(block[:length])
-    return digest.hexdigest()
+def wrong_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's files whose content is not what was written; a sentence each."""
+    wrong = []
+    for name in names:
+        try:
+            if hash_file(folder / name) != manifest.files[name].xxh3_128:
+                wrong.append(f"{folder / name} was changed since it was written (XXH3-128)")
+        except OSError as error:
+            wrong.append(f"{error.filename or folder} cannot be read: {error.strerror}")
+    return wrong
 
 
 def read_back(path: Path, record: FileRecord) -> str:

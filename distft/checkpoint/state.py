@@ -122,13 +122,9 @@ def _verify(folder: Path, world: World) -> tuple[Manifest | None, list[str]]:
     problems: list[str] = []
     try:
         manifest = layout.check(folder)
-        for name in sorted(manifest.files)[world.rank :: world.size]:
-            if ranges.hash_file(folder / name) != manifest.files[name].xxh3_128:
-                problems.append(f"{folder / name} was changed since it was written (XXH3-128)")
+        problems += ranges.wrong_files(folder, manifest, sorted(manifest.files)[world.rank :: world.size])
     except Damaged as error:
         problems.append(str(error))
-    except OSError as error:
-        problems.append(f"{error.filename or folder} cannot be read: {error.strerror}")
     every = [problem for part in Ranks(world).gather(problems) for problem in part]
     return manifest, list(dict.fromkeys(every))
 

@@ -12,6 +12,8 @@ from distft.config.words import Knob, docs_of, knobs
 HEAD = {
     "train": "Fine-tune a language model. Run it as: python train.py [group=choice …] [key=value …] [-m]",
     "generate": "Answer a prompt with a trained model. Run it as: distft generate <folder> [key=value …]",
+    "verify": "Tell whether a checkpoint, a model or an adapter is what was saved. Run it as: distft verify <folder> "
+    "[key=value …]",
 }
 FOOT = """\
 Several values and -m make a sweep: optim.lr=1e-3,1e-4. --cfg job prints what a command line comes to, --config-dir

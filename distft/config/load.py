@@ -42,7 +42,11 @@ from distft.config.snapshot import (
 from distft.config.words import Knob, knobs, nearest
 from distft.errors import Mistakes, UserMistake
 
-SCHEMAS = {"train": "distft.config.schema:Run", "generate": "distft.config.schema.generate:Generate"}
+SCHEMAS = {
+    "train": "distft.config.schema:Run",
+    "generate": "distft.config.schema.generate:Generate",
+    "verify": "distft.config.schema.verify:Verify",
+}
 SNAPSHOT = "snapshot"  # name in Hydra's config store of a snapshot whose groups are chosen anew
 
 

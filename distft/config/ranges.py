@@ -44,6 +44,7 @@ RANGES: dict[str, Range] = {
     "early_stopping.patience": NATURAL,
     "guard.patience": COUNT,
     "guard.stall_seconds": POSITIVE,
+    "verify.max_memory": POSITIVE,
     "launch.ranks": COUNT,
     "launch.start_timeout": POSITIVE,
     "log.every": COUNT,

@@ -36,6 +36,7 @@ NOT_COMPUTED = (
     "eval.samples",
     "eval.max_new_tokens",
     "guard.stall_seconds",
+    "verify",
 )
 """Knobs, or sections of them, that do not decide what is computed."""
 

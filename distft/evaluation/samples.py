@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distft.model.decode import generate, padded
-from distft.model.final import Probe
+from distft.model.probe import Probe, positions_of
 from distft.objective.trainee import LogitsRequest
 from distft.world import World
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from distft.strategy.base import Strategy
 
 TRIES = 20  # rows looked at for each sample before a shorter answer is accepted
-PROBE_ROWS, PROBE_LENGTH, PROBE_POSITIONS = 2, 48, 4
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,11 @@ def question_of(source: EncodedSource, row: int) -> Question:
     return Question(source.name, source.row_id(row), ids[:start].tolist(), ids[start:end].tolist())
 
 
-def take_probe(strategy: Strategy, sources: Sequence[EncodedSource], vocab_size: int, world: World) -> Probe:
-    """The trainer's logits at a few positions of real rows (of plain counting, where there are none). Collective."""
-    rows = [source.row(0)[0][:PROBE_LENGTH].tolist() for source in sources if len(source.lengths)][:PROBE_ROWS]
-    rows = rows or [[index % vocab_size for index in range(PROBE_LENGTH)]]
-    input_ids, position_ids, mask, _ = padded(rows, world.device)
+def take_probe(strategy: Strategy, prompts: Sequence[Sequence[int]], world: World) -> Probe:
+    """The trainer's logits at a few positions of `prompts` (token ids, see `distft.model.probe`). Collective."""
+    input_ids, position_ids, mask, _ = padded(prompts, world.device)
     length = input_ids.shape[1]
-    picked = [
-        row * length + column
-        for row, ids in enumerate(rows)
-        for column in torch.linspace(0, len(ids) - 1, PROBE_POSITIONS).long().unique().tolist()
-    ]
+    picked = [row * length + column for row, columns in enumerate(positions_of(prompts)) for column in columns]
     positions = torch.tensor(picked, device=world.device)
     with evaluating(strategy):
         logits = forward_of(strategy)(input_ids, position_ids, mask, positions)

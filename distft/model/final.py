@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict
 from distft.model.load import build
 from distft.model.mapping import open_weights
-from distft.model.plain import load_plain
+from distft.model.probe import Probe, Recorded
+from distft.model.proof import PROOF_FILE, Proof, weight_hashes, write_proof
 from distft.model.tuning import wrap
-from distft.weights.store import FolderWeights, Weights, read_whole, shard_files
-from distft.weights.write import hash_of, new_folder, write_sharded
+from distft.model.verify import verify_folder
+from distft.weights.findings import refuse_wrong
+from distft.weights.store import Weights, read_whole
+from distft.weights.write import new_folder, write_sharded
 
-ADAPTER_FILE = "adapter_model.safetensors"
 ONE_FILE = 2**62  # bytes: PEFT reads no index
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of the logits' spread; rounding a whole model to bf16 costs about 0.01
-NOISE = {"fp32": 1e-4, "bf16": 0.02}  # below it, two logits say nothing about whether weights differ
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -33,7 +34,16 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def save_final(folder: Path, base: Path, run: Run, tensors: NamedTensors, tokenizer: Any) -> dict[str, str]:
+def save_final(
+    folder: Path,
+    base: Path,
+    run: Run,
+    tensors: NamedTensors,
+    tokenizer: Any,
+    probe: Probe | None = None,
+    precision: str = "fp32",
+    base_hashes: dict[str, str] | None = None,
+) -> dict[str, str]:
     """Write what was trained, streamed, for one process (rank 0) to call. Returns each stored tensor's XXH3-128.
 
     Args:
@@ -41,6 +51,9 @@ def save_final(folder: Path, base: Path, run: Run, tensors: NamedTensors, tokeni
         base: the model folder that training started from.
         tensors: whole trained tensors under the names they had before `prepare`, one at a time (`Strategy.gather`).
         tokenizer: with its chat template settled.
+        probe: the trainer's logits, which `distft.json` keeps for `distft verify`; None: it keeps none.
+        precision: fp32 or bf16, what the trainer computed them in.
+        base_hashes: of the base's weight files where they are known; else an adapter's base is read for them.
 
     full: the base's configuration, and weights in the base's element types and file layout of names, so that plain
     `from_pretrained` loads them. lora: a PEFT folder that names its base; adapters stay fp32 as they were trained.
@@ -52,6 +65,9 @@ def save_final(folder: Path, base: Path, run: Run, tensors: NamedTensors, tokeni
         else:
             hashes = write_adapter(staging, base, run, tensors)
         write_generation_config(staging, base, tokenizer)
+        is_model = run.tuning.method == "full"
+        trained_on = {"path": str(base.absolute())} if is_model else {"files": base_hashes or weight_hashes(base)}
+        write_proof(staging, "model" if is_model else "adapter", hashes, trained_on, tokenizer, probe, precision)
     return hashes
 
 
@@ -159,79 +175,39 @@ def write_generation_config(staging: Path, base: Path, tokenizer: Any) -> None:
 # --- reading back ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Logits that the trainer computed at a few positions with the weights it is about to save."""
-
-    input_ids: Tensor  # [rows, length] int64, right-padded
-    attention_mask: Tensor  # [rows, length] bool, True on real tokens
-    positions: Tensor  # [n] int64, row * length + column
-    logits: Tensor  # [n, vocab] on the CPU
-
-
 def check_final(
-    folder: Path, hashes: dict[str, str], probe: Probe, run: Run, precision: str, device: torch.device | None = None
+    folder: Path,
+    hashes: dict[str, str],
+    probe: Probe,
+    run: Run,
+    precision: str,
+    device: torch.device | None = None,
+    max_bytes: float = math.inf,
+    say: Callable[[str], None] | None = None,
 ) -> float:
     """Compare the folder with what was trained: bit for bit as written, then logits under plain transformers or PEFT.
 
-    `hashes`: what `save_final` returned. `precision`: fp32 or bf16, what the trainer computed in. Returns the distance
-    of the two models' logits relative to their spread.
+    `distft verify` makes the same checks later, with what the folder's own `distft.json` holds in the place of what
+    training still knows here.
+
+    Args:
+        hashes: what `save_final` returned.
+        precision: fp32 or bf16, what the trainer computed in.
+        max_bytes: of memory for the plain model; where it needs more, its logits are left out.
+        say: is told what was left out.
+
+    Returns the distance of the two models' logits relative to their spread, nan where they were left out.
 
     Raises:
         NegativeVerdict: a tensor differs, is missing or too many, or the plain model computes something else.
     """
-    check_tensors(folder, hashes)
-    model = load_plain(folder, precision, device or torch.device("cpu"), run.model.trust_remote_code)
-    low = precision == "bf16" or any("bf16" in name or "bfloat16" in name for name in element_types(folder))
-    tolerance, noise = TOLERANCE["bf16" if low else "fp32"], NOISE["bf16" if low else "fp32"]
-    difference = distance(logits_of(model, probe), probe.logits)
-    if not difference <= tolerance:
-        raise NegativeVerdict(
-            f"{folder}: loaded by plain transformers, its logits differ from the trainer's by {difference:.2g} of "
-            f"their spread, more than {tolerance:g}. It is not the model that was trained."
-        )
-    if (folder / ADAPTER_FILE).exists():
-        with model.disable_adapter():
-            untrained = distance(logits_of(model, probe), probe.logits)
-        if difference > max(noise, untrained / 2):
-            raise NegativeVerdict(
-                f"{folder}: its logits are {difference:.2g} of their spread from the trainer's, the base model's "
-                f"{untrained:.2g}. The adapters do not do what they did in training."
-            )
-    return difference
-
-
-def check_tensors(folder: Path, hashes: dict[str, str]) -> None:
-    """Every tensor as it lies on disk against its hash."""
-    weights = FolderWeights(folder, weight_files(folder))
-    names = set(weights.names())
-    if names != set(hashes):
-        one = sorted(names ^ set(hashes))[0]
-        raise NegativeVerdict(f"{folder}: {one} is {'missing' if one in hashes else 'there but was never written'}.")
-    for name in weights.names():
-        if hash_of(read_whole(weights, name)) != hashes[name]:
-            raise NegativeVerdict(f"{folder}: {name} is not what was written: the disk or the file is damaged.")
-
-
-def weight_files(folder: Path) -> list[str]:
-    return [ADAPTER_FILE] if (folder / ADAPTER_FILE).exists() else shard_files(folder)[0]
-
-
-def element_types(folder: Path) -> set[str]:
-    weights = FolderWeights(folder, weight_files(folder))
-    return {str(weights.dtype(name)) for name in weights.names()}
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, probe: Probe) -> Tensor:
-    """[n, vocab] fp32 on the CPU, of a plain model."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=probe.input_ids.to(device), attention_mask=probe.attention_mask.long().to(device)).logits
-    return logits.flatten(0, 1)[probe.positions.to(device)].float().cpu()
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Root mean square difference relative to the logits' spread around their mean at each position."""
-    theirs = theirs.float().cpu()
-    spread = theirs - theirs.mean(dim=-1, keepdim=True)
-    return float((ours - theirs).norm() / spread.norm().clamp_min(1e-12))
+    own = Proof.read(folder)
+    if own is None:
+        raise NegativeVerdict(f"{folder / PROOF_FILE} is missing: the folder was not written whole.")
+    proof = dataclasses.replace(own, tensors=hashes, precision=precision, prompts=Recorded.of(probe).as_json())
+    findings = verify_folder(folder, max_bytes, run.model.trust_remote_code, proof, device)
+    refuse_wrong(findings)
+    for finding in findings:
+        if finding.passed is None and say is not None:
+            say(f"{folder.name}/: {finding}")
+    return next((one.value for one in findings if one.what == "logits" and one.value is not None), math.nan)

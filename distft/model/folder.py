@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from distft.config.schema import Run
 from distft.errors import UserMistake
-from distft.weights.store import INDEX_FILE, SINGLE_FILE, FolderWeights, num_elements, shard_files
+from distft.model.foreign import ADAPTER_CONFIG, check_model, read_json
+from distft.weights.store import FolderWeights, num_elements, shard_files
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
@@ -90,24 +90,19 @@ def nearest_folder(missing: Path) -> str:
 
 def check_folder(folder: Path, run: Run) -> None:
     """Everything that a folder must have before anything is built from it; each complaint has its cure."""
-    adapter = folder / "adapter_config.json"
+    adapter = folder / ADAPTER_CONFIG
     if adapter.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(adapter).get("base_model_name_or_path")
         raise UserMistake(
             f"model.path={folder} holds a PEFT adapter, not a model. Give its base, model.path={base}, or merge the "
             "adapter into it first (PEFT's merge_and_unload, then save_pretrained)."
         )
     if not (folder / "config.json").exists():
         raise UserMistake(f"model.path={folder} holds no config.json: no Hugging Face model.{nearest_folder(folder)}")
-    if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickled:
-            raise UserMistake(
-                f"model.path={folder} holds {pickled[0]}, a pickle that could run any code, and no safetensors. "
-                "Convert it once with transformers' from_pretrained and save_pretrained, then give the new folder."
-            )
-        raise UserMistake(f"model.path={folder} has no safetensors weights: no {SINGLE_FILE} and no {INDEX_FILE}.")
-    shard_files(folder)
+    try:
+        check_model(folder, run.model.trust_remote_code)
+    except UserMistake as mistake:
+        raise UserMistake(f"model.path: {mistake}") from None
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         raise UserMistake(f"model.path={folder} holds no tokenizer: save the model's tokenizer into it.")
     config = read_config(folder, run.model.trust_remote_code)

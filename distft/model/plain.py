@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from distft.errors import UserMistake
 from distft.model.folder import TOKENIZER_FILES, complaint
+from distft.model.foreign import ADAPTER_CONFIG, check_adapter, check_model, read_json
 
 PEFT_TO_ITSELF = (
     "`is_gradient_checkpointing` is deprecated",
@@ -27,22 +27,35 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def load_plain(folder: Path, precision: str, device: torch.device, trust_remote_code: bool = False) -> Any:
     """The model of a plain Hugging Face or PEFT folder on `device`, in evaluation mode.
 
+    Weights are read from safetensors alone: a folder of pickles is refused before either library looks at it.
+
     Raises:
-        UserMistake: transformers cannot read the folder, or an adapter's base is not there.
+        UserMistake: transformers cannot read the folder, an adapter's base is not there, or a folder claims what its
+            files do not hold.
     """
     from transformers import AutoModelForCausalLM
 
     base, revision = base_of_adapter(folder)
+    if base is not None:
+        check_adapter(folder)
+    if base is None or Path(base).is_dir():
+        check_model(folder if base is None else Path(base), trust_remote_code)
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                base or folder, revision=revision, dtype=DTYPES[precision], trust_remote_code=trust_remote_code
+                base or folder,
+                revision=revision,
+                dtype=DTYPES[precision],
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
             )
             if base is not None:
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
         raise UserMistake(f"{base or folder}: {complaint(error, trust_remote_code)}") from None
     return model.to(device).eval()
 
@@ -53,10 +66,10 @@ def base_of_adapter(folder: Path) -> tuple[str | None, str]:
     Raises:
         UserMistake: the base's folder is gone.
     """
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     if not path.exists():
         return None, "main"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     base = str(config.get("base_model_name_or_path"))
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserMistake(f"{folder} adapts {base}, which is gone: correct base_model_name_or_path in {path}.")

@@ -208,10 +208,12 @@ class Job:
         from distft.checkpoint.layout import step_folder
         from distft.checkpoint.ranks import Ranks
         from distft.checkpoint.state import load
+        from distft.checkpoint.verify import memory_bound
         from distft.evaluation.samples import sample_answers, take_probe
         from distft.model.decode import stop_ids
         from distft.model.final import check_final, save_final
         from distft.model.folder import read_tokenizer
+        from distft.model.probe import prompt_ids
 
         run, strategy, world = self.run, self.strategy, self.world
         if status == "early_stopped" and state.best_step not in (None, state.step):
@@ -222,18 +224,22 @@ class Job:
             else:  # checkpoint.on_full=skip
                 log.say(f"The best weights, those of step {state.best_step}, were not saved: the last ones are final")
         tokenizer = read_tokenizer(Path(self.prepared.tokenizer_folder), run.model.trust_remote_code)
-        probe = take_probe(strategy, self.data.eval or self.data.train, len(tokenizer), world)
+        probe = take_probe(strategy, prompt_ids(tokenizer), world)
         gathered = strategy.gather()
         verdict = Verdict()
         if world.is_main:
             with verdict:
                 tensors = ((name, tensor) for name, tensor in gathered if tensor is not None)
-                hashes = save_final(self.run_dir / "final", Path(self.prepared.model_folder), run, tensors, tokenizer)
+                base = Path(self.prepared.model_folder)
+                hashes = save_final(
+                    self.run_dir / "final", base, run, tensors, tokenizer, probe, self.precision, self.base_hashes
+                )
         for _ in gathered:  # the other ranks' part; and the rest of it where writing failed
             pass
         if world.is_main and verdict.stop is None:
             with verdict:
-                check_final(self.run_dir / "final", hashes, probe, run, self.precision)
+                room = memory_bound(run.verify.max_memory)
+                check_final(self.run_dir / "final", hashes, probe, run, self.precision, None, room, log.say)
         verdict.agree(world)
         if not run.eval.samples or not self.data.eval:
             return []

@@ -15,6 +15,7 @@ from distft.errors import UserMistake
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MOST_INDEX_BYTES = 256 * 1024**2
 
 DTYPES = {
     "F64": torch.float64,
@@ -84,6 +85,8 @@ class FolderWeights:
         for file in files:
             handle = open_file(self.folder / file)
             for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in self._slices:
+                    raise UserMistake(f"{self.folder}: two of its files hold {name}, {file} is one. It is refused.")
                 self._slices[name] = handle.get_slice(name)
         if absent := sorted(set(listed) - set(self._slices)):
             raise UserMistake(
@@ -98,7 +101,10 @@ class FolderWeights:
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._slices[name].get_dtype()]
+        stored = self._slices[name].get_dtype()
+        if stored not in DTYPES:
+            raise UserMistake(f"{self.folder}: {name} has the element type {stored}, which is not read here.")
+        return DTYPES[stored]
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
         shape = self.shape(name)
@@ -141,11 +147,13 @@ def shard_files(folder: Path) -> tuple[list[str], dict[str, str]]:
             return [SINGLE_FILE], {}
         raise UserMistake(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}.")
     try:
+        if index.stat().st_size > MOST_INDEX_BYTES:
+            raise UserMistake(f"{index} has {index.stat().st_size:,} bytes, more than any index. It is refused.")
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
         # The names come from whoever made the folder: one such as ../../secret would be read from anywhere.
         bad = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserMistake(f"{index} is no index of safetensors files ({error!r}): fetch it again.") from None
     if bad:
         raise UserMistake(f"{index} names {bad[0]!r}, which is not a safetensors file of that folder. It is refused.")

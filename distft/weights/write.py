@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SHARD_BYTES = 2 * 1024**3
+BLOCK = 1 << 22  # bytes hashed at a time: what a processor's cache holds
 
 
 @contextlib.contextmanager
@@ -53,6 +54,15 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a whole file, in hexadecimal."""
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while length := file.readinto(block):
+            digest.update(block[:length])
+    return digest.hexdigest()
 
 
 def hash_of(tensor: Tensor) -> str:

@@ -168,6 +168,7 @@ class PlainStrategy:
 
 def test_samples_and_probe_of_an_engine() -> None:
     from distft.evaluation.samples import sample_answers, take_probe
+    from distft.model.probe import prompt_ids
     from distft.world import World
 
     model = folders.make_model("llama")
@@ -181,10 +182,12 @@ def test_samples_and_probe_of_an_engine() -> None:
     expected = model.eval().generate(torch.arange(3, 7)[None], max_new_tokens=5, do_sample=False)[0, 4:]
     assert rows[0]["answer"] == folders.tokenizer().decode(expected, skip_special_tokens=True).strip()
     model.train()
-    probe = take_probe(strategy, [source], folders.VOCAB, world)
+    probe = take_probe(strategy, [source.row(0)[0][:48].tolist(), [3, 4]], world)
     assert model.training
     assert not any(strategy.modes)
     wanted = folders.logits(model, probe.input_ids).flatten(0, 1)[probe.positions]
     torch.testing.assert_close(probe.logits, wanted)
-    assert probe.positions.tolist()[-1] == 6
-    assert len(take_probe(strategy, [], folders.VOCAB, world).positions) == 4
+    assert probe.positions.tolist() == [0, 2, 4, 6, 7, 8]  # rows of seven tokens and of two
+    prompts = prompt_ids(folders.tokenizer())
+    assert len(prompts) == 3
+    assert all(0 < len(row) <= 48 for row in prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ from distft.config.schema.model import Model
 from distft.errors import NegativeVerdict, UserMistake
 from distft.model import final, tuning
 from distft.model.plain import load_plain
+from distft.model.probe import NOISE, distance, logits_of
+from distft.model.proof import PROOF_FILE, Proof
 from distft.weights.store import FolderWeights, read_whole
-from distft.weights.write import hash_of
+from distft.weights.write import hash_file, hash_of
 from tests.unit import folders
 
 LORA = Tuning(method="lora", lora_rank=4)
@@ -57,7 +60,7 @@ class Trained:
         return final.Probe(input_ids, mask, positions, logits)
 
     def save(self) -> dict[str, str]:
-        return final.save_final(self.folder, self.base, self.run, self.gather(), self.tokenizer)
+        return final.save_final(self.folder, self.base, self.run, self.gather(), self.tokenizer, self.probe())
 
     def check(self, hashes: dict[str, str]) -> float:
         return final.check_final(self.folder, hashes, self.probe(), self.run, "fp32")
@@ -160,13 +163,18 @@ def test_a_name_that_is_no_weight(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> dict[str, str]:
-    """Change the stored tensors, and return hashes that fit the changed file: only logits can tell now."""
-    file = folder / final.weight_files(folder)[0]
+    """Change the stored tensors, and every hash that is kept of them: only logits can tell now."""
+    file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     weights = FolderWeights(folder, [file.name])
-    return {name: hash_of(read_whole(weights, name)) for name in weights.names()}
+    hashes = {name: hash_of(read_whole(weights, name)) for name in weights.names()}
+    proof = Proof.read(folder)
+    assert proof is not None
+    files = {**proof.files, file.name: {"num_bytes": file.stat().st_size, "xxh3_128": hash_file(file)}}
+    (folder / PROOF_FILE).write_text(dataclasses.replace(proof, tensors=hashes, files=files).text())
+    return hashes
 
 
 def flip_a_bit(tensors: dict[str, Tensor]) -> None:
@@ -176,6 +184,12 @@ def flip_a_bit(tensors: dict[str, Tensor]) -> None:
 def zero_the_adapters(tensors: dict[str, Tensor]) -> None:
     for tensor in tensors.values():
         tensor.zero_()
+
+
+def turn_the_adapters_round(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.neg_()
 
 
 @pytest.mark.parametrize("chosen", [Tuning(), LORA], ids=["full", "lora"])
@@ -194,12 +208,15 @@ def test_one_bit_is_noticed(chosen: Tuning, tmp_path: Path) -> None:
 def test_a_zeroed_adapter_is_noticed(tmp_path: Path) -> None:
     trained = Trained("llama", tmp_path, LORA)
     trained.save()
-    with pytest.raises(NegativeVerdict, match="not the model that was trained"):
+    with pytest.raises(NegativeVerdict, match="it does nothing: in each of its 14 pairs"):
         trained.check(rewrite(trained.folder, zero_the_adapters))
+    trained.save()
+    with pytest.raises(NegativeVerdict, match="not the model that was trained"):
+        trained.check(rewrite(trained.folder, turn_the_adapters_round))
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3])
-def test_a_zeroed_adapter_of_small_effect_is_noticed(size: float, tmp_path: Path) -> None:
+def test_another_adapter_of_small_effect_is_noticed(size: float, tmp_path: Path) -> None:
     """After a few steps an adapter moves the logits by less than the tolerance: it is measured against the base."""
     trained = Trained("llama", tmp_path, LORA)
     with torch.no_grad():
@@ -207,8 +224,8 @@ def test_a_zeroed_adapter_of_small_effect_is_noticed(size: float, tmp_path: Path
             if "lora_B" in name:
                 parameter.mul_(size)
     assert trained.check(trained.save()) < 1e-5
-    hashes = rewrite(trained.folder, zero_the_adapters)
-    assert final.distance(final.logits_of(folders.plain(trained.base), trained.probe()), trained.probe().logits) > 1e-4
+    hashes = rewrite(trained.folder, turn_the_adapters_round)
+    assert distance(logits_of(folders.plain(trained.base), trained.probe()), trained.probe().logits) > 1e-4
     with pytest.raises(NegativeVerdict, match=r"not the model|adapters do not do"):
         trained.check(hashes)
 
@@ -222,9 +239,9 @@ def test_bf16_adapters_come_back_and_zeroed_ones_do_not(tmp_path: Path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         probe = trained.probe()
     hashes = trained.save()
-    assert final.check_final(trained.folder, hashes, probe, trained.run, "bf16") < final.NOISE["bf16"]
+    assert final.check_final(trained.folder, hashes, probe, trained.run, "bf16") < NOISE["bf16"]
     with pytest.raises(NegativeVerdict):
-        final.check_final(trained.folder, rewrite(trained.folder, zero_the_adapters), probe, trained.run, "bf16")
+        final.check_final(trained.folder, rewrite(trained.folder, turn_the_adapters_round), probe, trained.run, "bf16")
 
 
 def test_another_full_model_is_noticed(tmp_path: Path) -> None:

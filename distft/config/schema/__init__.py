@@ -21,6 +21,7 @@ from distft.config.schema.optim import (
 )
 from distft.config.schema.strategy import Strategy
 from distft.config.schema.tuning import Tuning
+from distft.config.schema.verify import Verification
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Run:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     guard: Guard = field(default_factory=Guard)
+    verify: Verification = field(default_factory=Verification)
     launch: Launch = field(default_factory=Launch)
     log: Log = field(default_factory=Log)
     run: RunFolder = field(default_factory=RunFolder)
@@ -83,4 +85,5 @@ __all__ = [
     "Strategy",
     "TinyShape",
     "Tuning",
+    "Verification",
 ]
