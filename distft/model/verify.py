@@ -314,10 +314,14 @@ def logits(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "logits",
             None,
-            f"the model needs {needed / GIB:.2f} GiB of memory, verify.max_memory allows {subject.max_bytes / GIB:.2f}",
+            f"the model needs {size(needed)} of memory, verify.max_memory allows {size(subject.max_bytes)}",
         )
         return
     yield compare_logits(subject, recorded, precision, [dtype for part in holds for dtype in types_of(part)])
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 1024**2:.2f} MiB"
 
 
 def types_of(stored: Weights) -> set[torch.dtype]:
