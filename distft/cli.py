@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -324,29 +326,7 @@ def data(argv: list[str]) -> int:
     return verb(settle(composed.run), sub, rows)
 
 
-def generate(argv: list[str]) -> int:
-    """`distft generate <folder> [key=value …]`."""
-
-    def answer(settings: Any, folder: str) -> int:
-        from distft.verbs.generate import main as verb
-
-        return verb(settings, folder)
-
-    return of_folder("generate", "the final/ of a run, or any model's folder", argv, answer)
-
-
-def verify(argv: list[str]) -> int:
-    """`distft verify <folder> [key=value …]`."""
-
-    def look(settings: Any, folder: str) -> int:
-        from distft.verbs.verify import main as verb
-
-        return verb(settings, folder)
-
-    return of_folder("verify", "a run's, a checkpoint, a model or an adapter", argv, look)
-
-
-def of_folder(name: str, kinds: str, argv: list[str], verb: Callable[[Any, str], int]) -> int:
+def of_folder(name: str, kinds: str, argv: list[str]) -> int:
     """A verb that takes one folder and the knobs of its own schema."""
     from distft.config.load import compose
 
@@ -357,7 +337,7 @@ def of_folder(name: str, kinds: str, argv: list[str], verb: Callable[[Any, str],
     if composed.line.shows_only:
         hand_over(composed, name)
         return errors.DONE
-    return verb(composed.run, folders[0])
+    return int(importlib.import_module(f"distft.verbs.{name}").main(composed.run, folders[0]))
 
 
 def literal(word: str) -> str:
@@ -373,7 +353,7 @@ def literal(word: str) -> str:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "data": data,
-    "generate": generate,
-    "verify": verify,
+    "generate": partial(of_folder, "generate", "the final/ of a run, or any model's folder"),
+    "verify": partial(of_folder, "verify", "a run's, a checkpoint, a model or an adapter"),
     "preflight": preflight,
 }

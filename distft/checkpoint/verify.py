@@ -22,9 +22,10 @@ from distft.errors import Stop
 from distft.model import tuning
 from distft.model.foreign import check_model
 from distft.model.load import build
+from distft.model.logits import GIB
 from distft.model.mapping import open_weights
 from distft.model.proof import weight_hashes
-from distft.model.verify import GIB, PIECE, effect
+from distft.model.verify import PIECE, effect
 from distft.prepared import Prepared
 from distft.weights.findings import Finding
 

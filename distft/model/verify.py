@@ -8,72 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
-from distft.config.schema import Run
-from distft.config.schema.model import Model
 from distft.errors import NegativeVerdict, Stop
 from distft.model.decode import stop_ids
+from distft.model.fits import keys
 from distft.model.folder import TOKENIZER_FILES, read_tokenizer
-from distft.model.foreign import ADAPTER_CONFIG, ADAPTER_FILE, PICKLES, check_adapter, check_model
-from distft.model.load import build
-from distft.model.mapping import open_weights
-from distft.model.plain import base_of_adapter, load_plain, quiet, tokenizer_folder
-from distft.model.probe import NOISE, TOLERANCE, Recorded, logits_of
-from distft.model.proof import PROOF_FILE, Proof, template_hash, tokenizer_hash, weight_hashes
+from distft.model.foreign import PICKLES, check_adapter, check_model
+from distft.model.logits import logits
+from distft.model.plain import tokenizer_folder
+from distft.model.proof import Proof, template_hash, tokenizer_hash, weight_hashes
+from distft.model.subject import NOT_OURS, Subject
 from distft.weights.findings import Finding
-from distft.weights.store import FolderWeights, Weights, num_elements, shard_files
+from distft.weights.store import Weights, num_elements
 from distft.weights.write import hash_file
 
 PIECE = 16 * 1024**2  # values read at a time
 CODE_AND_WEIGHTS = (".py", ".safetensors", *(pattern[1:] for pattern in PICKLES))
-GIB = 1024**3
-NOT_OURS = f"the folder has no {PROOF_FILE}: it was not saved by distft, or by a version that wrote none"
-BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass
-class Subject:
-    """A folder under verification, and what its checks share."""
-
-    folder: Path
-    proof: Proof | None
-    max_bytes: float
-    trust_remote_code: bool
-    device: torch.device
-    damaged: bool = False  # its files are not what was saved, so the model is not built from them
-
-    @property
-    def is_adapter(self) -> bool:
-        return (self.folder / ADAPTER_CONFIG).exists()
-
-    def weights(self) -> FolderWeights:
-        files = [ADAPTER_FILE] if self.is_adapter else shard_files(self.folder)[0]
-        return FolderWeights(self.folder, files)
-
-    def run(self) -> Run:
-        """What `build` needs to know of a run."""
-        return Run(model=Model(name="hf", path=str(self.folder), trust_remote_code=self.trust_remote_code))
-
-    def base(self) -> tuple[str, Path | None]:
-        """An adapter's base by name, and its folder where it is on this machine; nothing is fetched."""
-        name, revision = base_of_adapter(self.folder)
-        assert name is not None
-        if Path(name).is_dir():
-            return name, Path(name)
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = try_to_load_from_cache(name, "config.json", revision=revision)
-        except HFValidationError:
-            found = None
-        return name, Path(found).parent if isinstance(found, str) else None
 
 
 def verify_folder(
@@ -188,64 +142,6 @@ def effect(where: Path, names: list[str], zero: set[str]) -> Finding:
     return Finding("adapter", True, f"{len(working)} of its {len(pairs)} pairs of matrices do something")
 
 
-def keys(subject: Subject) -> Iterator[Finding]:
-    """Names and shapes against the base: of an adapter against the base's layers, of a model against its architecture
-    and, where the base it was trained from is there, against that."""
-    if subject.damaged:
-        return
-    if subject.is_adapter:
-        name, base = subject.base()
-        if base is None:
-            yield Finding("names and shapes", None, f"its base {name} is not on this machine")
-            return
-        compare("adapter", shapes_of(subject.weights()), adapter_shapes(subject, base), subject.folder, base)
-        yield Finding("names and shapes", True, f"those that PEFT gives this adapter on {base}")
-        return
-    with torch.device("meta"):
-        model = build(subject.folder, subject.run())
-    open_weights(subject.folder, model)
-    path = Path(str((subject.proof.base if subject.proof else {}).get("path", "")))
-    if (path / "config.json").exists():
-        check_model(path, subject.trust_remote_code)
-        compare("model", shapes_of(subject.weights()), shapes_of(FolderWeights(path)), subject.folder, path)
-        yield Finding("names and shapes", True, f"those of {type(model).__name__} and of its base {path}")
-    else:
-        yield Finding("names and shapes", True, f"those of {type(model).__name__}; its base is not known here")
-
-
-def shapes_of(stored: Weights) -> dict[str, tuple[int, ...]]:
-    return {name: stored.shape(name) for name in stored.names()}
-
-
-def compare(
-    kind: str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], folder: Path, base: Path
-) -> None:
-    for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
-            raise NegativeVerdict(
-                f"{folder}: {name} has the shape {list(found.get(name, ())) if name in found else 'none (missing)'}, "
-                f"but on its base {base} it has {list(wanted[name]) if name in wanted else 'no such name'}: the {kind} "
-                "belongs to another base."
-            )
-
-
-def adapter_shapes(subject: Subject, base: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that PEFT's configuration gives the adapter on its base, built on meta."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-
-    check_model(base, subject.trust_remote_code)
-    with torch.device("meta"):
-        model: Any = build(base, subject.run())
-    try:
-        with quiet():
-            wrapped = get_peft_model(model, PeftConfig.from_pretrained(str(subject.folder)), low_cpu_mem_usage=True)
-    except ValueError as error:
-        text = " ".join(str(error).split())[:300]
-        raise NegativeVerdict(f"{subject.folder}: the adapter does not fit its base {base}: {text}") from None
-    state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
 def tokenizer(subject: Subject) -> Iterator[Finding]:
     """The tokenizer's files, the chat template and the stop tokens that serving would take."""
     folder, proof = subject.folder, subject.proof
@@ -292,68 +188,6 @@ def base_files(subject: Subject) -> Iterator[Finding]:
         wrong = sorted(file for file in {*hashes, *recorded} if hashes.get(file) != recorded.get(file))
         said = f"{base / wrong[0]} is not the file that it was trained on." if wrong else f"{base}, {len(hashes)} files"
         yield Finding("base", not wrong, said)
-
-
-def logits(subject: Subject) -> Iterator[Finding]:
-    """What plain transformers or PEFT computes for the recorded prompts, against what was when it was saved."""
-    recorded = subject.proof.recorded() if subject.proof else None
-    if recorded is None or subject.proof is None:
-        yield Finding("logits", None, NOT_OURS if subject.proof is None else "none were recorded")
-        return
-    if subject.damaged:
-        yield Finding("logits", None, "the model is not built from damaged files")
-        return
-    base = subject.base() if subject.is_adapter else None
-    if base is not None and base[1] is None:
-        yield Finding("logits", None, f"its base {base[0]} is not on this machine")
-        return
-    precision = subject.proof.precision
-    holds = [subject.weights(), *([FolderWeights(base[1])] if base and base[1] else [])]
-    needed = BYTES[precision] * sum(num_elements(part.shape(name)) for part in holds for name in part.names())
-    if needed > subject.max_bytes:
-        yield Finding(
-            "logits",
-            None,
-            f"the model needs {size(needed)} of memory, verify.max_memory allows {size(subject.max_bytes)}",
-        )
-        return
-    yield compare_logits(subject, recorded, precision, [dtype for part in holds for dtype in types_of(part)])
-
-
-def size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 1024**2:.2f} MiB"
-
-
-def types_of(stored: Weights) -> set[torch.dtype]:
-    return {stored.dtype(name) for name in stored.names()}
-
-
-def compare_logits(subject: Subject, recorded: Recorded, precision: str, types: list[torch.dtype]) -> Finding:
-    folder = subject.folder
-    model = load_plain(folder, precision, subject.device, subject.trust_remote_code)
-    low = precision == "bf16" or any(dtype in (torch.bfloat16, torch.float16) for dtype in types)
-    tolerance, noise = TOLERANCE["bf16" if low else "fp32"], NOISE["bf16" if low else "fp32"]
-    difference = recorded.distance(logits_of(model, recorded))
-    if not difference <= tolerance:
-        return Finding(
-            "logits",
-            False,
-            f"{folder}: loaded by plain transformers, its logits differ from the trainer's by {difference:.2g} of "
-            f"their spread, more than {tolerance:g}. It is not the model that was trained.",
-        )
-    if subject.is_adapter:
-        with model.disable_adapter():
-            untrained = recorded.distance(logits_of(model, recorded))
-        if difference > max(noise, untrained / 2):
-            return Finding(
-                "logits",
-                False,
-                f"{folder}: its logits are {difference:.2g} of their spread from the trainer's, the base model's "
-                f"{untrained:.2g}. The adapters do not do what they did in training.",
-            )
-    count = f"{recorded.positions.numel()} positions of {recorded.input_ids.shape[0]} prompts"
-    said = f"{difference:.1g} of their spread from the trainer's at {count} ({tolerance:g} is allowed)"
-    return Finding("logits", True, said, difference)
 
 
 CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {
