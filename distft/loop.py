@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distft.config.schema import Run
-from distft.errors import GuardStop, SignalStop, UserMistake
+from distft.errors import SignalStop, UserMistake
 from distft.evaluation.loss import evaluate
+from distft.guard import GoBack, Guard, Spike
 from distft.launch.stop import STOP_SIGNALS, name_of
+from distft.log import SKIPPED
 from distft.objective.trainee import LossRequest, LossSums
 from distft.optim import lr_at
 from distft.perf import memory
@@ -33,25 +34,6 @@ if TYPE_CHECKING:
 
 
 COLLECT_EVERY = 50  # steps between collections of garbage
-
-
-class Late:
-    """A number on the device that the host reads one step later, when reading it no longer waits."""
-
-    def __init__(self, value: Tensor) -> None:
-        value = value.detach()
-        if value.device.type == "cuda":
-            self.host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self.host.copy_(value, non_blocking=True)
-            self.event: Any = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host, self.event = value.clone(), None
-
-    def read(self) -> float:
-        if self.event is not None:
-            self.event.synchronize()
-        return float(self.host)
 
 
 class Agreement:
@@ -133,36 +115,54 @@ class Fit:
     flops: Callable[[Step], float]  # model FLOPs of one global batch
     peak_flops: float | None  # of all ranks together; None where unknown
     interval: Interval = field(default_factory=Interval, init=False)
-    last: tuple[Late, Step] | None = field(default=None, init=False)  # norm of the step before, and that step
+    guard: Guard = field(init=False)
     saved_at: int = field(default=-1, init=False)  # step of the last checkpoint
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.config, self.world)
 
     def run(self) -> str:
         """Train to the end. Returns `done` or `early_stopped`.
 
         Raises:
-            GuardStop: `guard.patience` steps in a row had a non-finite loss or gradient norm.
+            GuardStop: `guard.patience` steps in a row had a non-finite loss or gradient norm or were dropped for a
+                spike of the loss; or the loss spiked again and again behind the same checkpoint.
             SignalStop: a signal arrived; a checkpoint was saved by all ranks at the same step.
             UserMistake: a checkpoint could not be written; all ranks raise at the same step, soon after.
         """
-        with scheduled_collection():
-            return self.train()
-
-    def train(self) -> str:
-        config, state = self.config, self.state
         agreement = Agreement(self.world, num_flags=1 + len(STOP_SIGNALS))
+        with scheduled_collection():
+            while True:
+                try:
+                    return self.train(agreement)
+                except GoBack as back:
+                    spike = back.spike
+                self.go_back(spike)
+
+    def train(self, agreement: Agreement) -> str:
+        """From the step that `state` stands at to the end."""
+        config, state = self.config, self.state
         self.interval = Interval()
         self.saved_at = state.step
-        if config.eval.at_start and state.step == 0:
+        self.guard.restore(state.recent_losses)
+        if config.eval.at_start and state.step == 0 and state.first_evaluation is None:
             self.evaluate()
+        if config.guard.spike == "rollback" and not self.checkpoints.holds(state.step):
+            self.saved_at = -1  # a fresh start, or from another folder: there must be something to go back to
+            self.checkpoint()
 
         for step in self.steps(state.step, self.num_steps):
-            norm, nll = self.step(step)
+            taken = None if step.left_out else self.step(step)
             state.step += 1
             state.cursor = self.plan.cursor(state.step)
             state.count(self.source_names, step.source_tokens, step.source_supervised)
-            self.guard(norm, step)
-            if state.step == 1 or self.due(config.log.every):
-                self.record(step, norm, nll)
+            self.settle()
+            if taken:
+                self.guard.note(taken[0], step)
+            if taken and (state.step == 1 or self.due(config.log.every)):
+                self.record(step, *taken)
+            if state.step == self.num_steps:
+                self.settle()
             improved = self.due(config.eval.every) and self.evaluate()
             out_of_patience = 0 < config.early_stopping.patience <= state.evaluations_without_best
             keeps_best = config.checkpoint.every > 0 or config.early_stopping.patience > 0
@@ -203,7 +203,8 @@ class Fit:
         self.interval.steps += 1
         self.interval.tokens += step.num_tokens
         self.interval.flops += self.flops(step)
-        return strategy.step(lr_at(self.state.step, self.num_steps, config.optim, config.schedule)), nll
+        keep = self.guard.compare(nll[:-1].sum(), step.num_supervised)
+        return strategy.step(lr_at(self.state.step, self.num_steps, config.optim, config.schedule), keep), nll
 
     def stop_sentence(self, agreed: Sequence[bool]) -> str:
         names = " and ".join(name_of(number) for number, came in zip(STOP_SIGNALS, agreed, strict=True) if came)
@@ -212,39 +213,38 @@ class Fit:
     def due(self, every: int) -> bool:
         return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
 
-    def guard(self, norm: Tensor, step: Step) -> None:
-        """Look at the norm of the step before: the engine changed nothing where it was not finite; count those.
-
-        The norm is the same number on every rank, so all ranks decide alike.
-        """
-        self.settle()
-        self.last = (Late(norm), step)
-        if self.state.step == self.num_steps:
-            self.settle()
-
     def settle(self) -> None:
-        """Judge the newest step whose norm has not been looked at yet."""
-        if self.last:
-            last, self.last = self.last, None
-            self.judge(*last)
+        """Judge the newest step that has not been judged: once its numbers are there, and before it is saved.
 
-    def judge(self, norm: Late, step: Step) -> None:
+        Raises:
+            GoBack: the loss spiked, and `guard.spike` says rollback.
+            GuardStop: see `run`.
+        """
+        told = self.guard.settle(self.state, self.rows_of)
+        if told:
+            self.log.say(told)
+
+    def rows_of(self, step: Step) -> list[str]:
+        return self.plan.names(place for batch in step.micro_batches for place in batch.documents)
+
+    def go_back(self, spike: Spike) -> None:
+        """Take up the last checkpoint, and pass over the global batch of `spike` from now on. All ranks alike."""
         state = self.state
-        if math.isfinite(norm.read()):
-            state.skipped_in_a_row = 0
-            return
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row >= self.config.guard.patience:
-            rows = [
-                f"{self.source_names[source]}:{row}" for batch in step.micro_batches for source, row in batch.documents
-            ]
-            raise GuardStop(
-                f"The loss or the gradient norm was not finite in {state.skipped_in_a_row} steps in a row, the last of "
-                f"them step {step.index + 1}; none of them changed a weight. Rows of rank {self.world.rank} in that "
-                f"step: {', '.join(rows[:8])}{', …' if len(rows) > 8 else ''}. Lower optim.lr, lengthen "
-                "schedule.warmup or look at the rows with `distft data show`; guard.patience sets how many are allowed."
-            )
+        saved = self.checkpoints.load(state.step, say=self.log.say)
+        self.guard.look_at_rollbacks(state, saved.step, spike)
+        state.rollbacks.append(saved.step)
+        state.go_back(saved)
+        self.plan.skipped.add(spike.index)
+        state.cursor = self.plan.cursor(state.step)
+        self.guard.restore(state.recent_losses)
+        self.log.go_back(state.step)
+        ids = self.plan.sample_ids(spike.index)
+        numbers = {"loss": spike.loss, "median": spike.median, "score": spike.score, "back_to": state.step}
+        self.log.skipped(spike.index + 1, {**numbers, "samples": ids})
+        self.log.say(
+            f"{spike.told(self.config.guard)}; back to step {state.step}, to go on without the global batch of step "
+            f"{spike.index + 1}: its {len(ids)} rows stand in {SKIPPED}"
+        )
 
     def record(self, step: Step, norm: Tensor, nll: Tensor) -> None:
         """Log this step. The only place of the training path where the host waits for the device."""
@@ -304,6 +304,7 @@ class Fit:
         if self.saved_at != self.state.step:
             started = time.perf_counter()
             self.settle()
+            self.state.recent_losses = self.guard.saved()
             self.checkpoints.save(self.state)
             self.saved_at = self.state.step
             self.interval.started += time.perf_counter() - started

@@ -43,6 +43,8 @@ def summary_of(state: TrainState) -> dict[str, Any]:
         "first": state.first_evaluation,
         "last": state.last_evaluation,
         "skipped": state.skipped,
+        "spikes": state.spikes,
+        "rollbacks": len(state.rollbacks),
     }
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distft.checkpoint import ranges
+from distft.checkpoint import layout, ranges
 from distft.checkpoint.ranks import DiskFull, Ranks
-from distft.checkpoint.state import TrainState, owned, verify_saved
+from distft.checkpoint.state import TrainState, load, owned, verify_saved
 from distft.checkpoint.writing import write
 from distft.config.schema import Run
 from distft.errors import Stop
@@ -91,6 +91,20 @@ class WriteBehind:
         self.thread.start()
         if not behind:
             self.wait()
+
+    def holds(self, step: int) -> bool:
+        """Whether the run folder has a complete checkpoint of `step`, as rank 0 sees it. Collective."""
+        self.wait()
+        return bool(self.ranks.gather(self.world.is_main and step in layout.steps(self.run_dir))[0])
+
+    def load(self, newest: int, say: Callable[[str], None]) -> TrainState:
+        """Go back to the newest sound checkpoint up to step `newest`, once the last one is complete.
+
+        Raises:
+            Stop: what became of the last one, see `wait`; or there is none.
+        """
+        self.wait()
+        return load(self.run_dir, self.strategy, self.world, say, newest)
 
     def copied(self, shards: Sequence[Shard]) -> tuple[list[Shard], Any]:
         """A copy in host memory and the event behind it; the first one is compared with what it was taken from."""

@@ -104,11 +104,19 @@ def steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def candidates(source: Path) -> list[Path]:
-    """Checkpoints to try, the newest first: `source` itself if it is one, else those of the run folder `source`."""
+def candidates(source: Path, newest: int | None = None) -> list[Path]:
+    """Checkpoints to try, the newest first: `source` itself if it is one, else those of the run folder `source`.
+
+    newest: leaves out later steps of a run folder.
+    """
     if (source / MANIFEST).is_file():
         return [source]
-    return [step_folder(source, step) for step in reversed(steps(source))]
+    return [step_folder(source, step) for step in reversed(steps(source)) if newest is None or step <= newest]
+
+
+def run_folder(source: Path) -> Path:
+    """The run folder that `source` is, or that the checkpoint `source` lies in."""
+    return source.absolute().parent.parent if (source / MANIFEST).is_file() else source
 
 
 def latest(run_dir: Path) -> Path | None:

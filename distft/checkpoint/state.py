@@ -35,6 +35,9 @@ class TrainState:
     last_evaluation: dict[str, float] | None = None
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes: int = 0  # of the loss, under guard.spike
+    rollbacks: list[int] = field(default_factory=list)  # steps of the checkpoints that the run went back to
+    recent_losses: list[float] = field(default_factory=list)  # that the next ones are compared with
     config_hash: str = ""
     identity: dict[str, Any] = field(default_factory=dict)  # hashes of what a resumed run may not change
     config: dict[str, Any] = field(default_factory=dict)  # the knobs that a resumed run is compared by
@@ -46,6 +49,11 @@ class TrainState:
     @classmethod
     def of(cls, values: dict[str, Any]) -> TrainState:
         return cls(**values)
+
+    def go_back(self, saved: TrainState) -> None:
+        """Take over what training had made at an earlier step; what the run is, and how often it went back, stays."""
+        stays = ("config_hash", "identity", "config", "base_hashes", "tracker_run", "spikes", "rollbacks")
+        vars(self).update({name: value for name, value in vars(saved).items() if name not in stays})
 
     def count(self, names: Sequence[str], tokens: Sequence[int], supervised: Sequence[int]) -> None:
         """Add one global batch to the accounts of the sources."""
@@ -68,8 +76,12 @@ def owned(strategy: Strategy) -> list[Shard]:
     return list(strategy.shards()) if strategy.writes_shards else []
 
 
-def load(source: Path, strategy: Strategy, world: World, say: Callable[[str], None]) -> TrainState:
+def load(
+    source: Path, strategy: Strategy, world: World, say: Callable[[str], None], newest: int | None = None
+) -> TrainState:
     """Take up the newest sound checkpoint of `source`, a run folder or one checkpoint, into `strategy`.
+
+    newest: later steps are not looked at.
 
     Sizes and hashes of every file are verified before a weight is used, each rank hashing its share of the files. One
     that is damaged is named through `say` (rank 0) and the one before it is taken. Each rank then reads just the
@@ -78,19 +90,21 @@ def load(source: Path, strategy: Strategy, world: World, say: Callable[[str], No
     Raises:
         UserMistake: there is none, none is sound, or it holds other parameters or another optimizer's moments.
     """
-    folder, manifest = choose(source, world, say)
+    folder, manifest = choose(source, world, say, newest)
     fill(folder, manifest, strategy, world)
     return TrainState.of(manifest.state)
 
 
-def choose(source: Path, world: World, say: Callable[[str], None]) -> tuple[Path, Manifest]:
+def choose(
+    source: Path, world: World, say: Callable[[str], None], newest: int | None = None
+) -> tuple[Path, Manifest]:
     """The newest checkpoint of `source` that verifies, as in `load`. Collective.
 
     Raises:
         UserMistake: there is none, or none is sound.
     """
     wrong: list[str] = []
-    for folder in Ranks(world).first(layout.candidates(source)):
+    for folder in Ranks(world).first(layout.candidates(source, newest)):
         manifest, problems = _verify(folder, world)
         if manifest is not None and not problems:
             return folder, manifest

@@ -39,6 +39,7 @@ def check(run: Run) -> list[str]:
         batch,
         evaluation,
         length,
+        guard,
         tracking,
         resuming,
     )
@@ -259,6 +260,25 @@ def evaluation(run: Run) -> Iterator[str]:
 def length(run: Run) -> Iterator[str]:
     if run.max_steps is not None and not is_default(run, "epochs"):
         yield f"epochs={run.epochs} has no effect with max_steps={run.max_steps}. Drop one of the two."
+
+
+def guard(run: Run) -> Iterator[str]:
+    spike, window = run.guard.spike, run.guard.spike_window
+    if spike == "none":
+        names = ["guard.spike_score", "guard.spike_window"]
+        yield from ignored(run, names, "with guard.spike=none (warn, skip and rollback look for spikes)")
+    elif run.max_steps is not None and run.max_steps <= window:
+        yield (
+            f"guard.spike={spike} would judge no step: guard.spike_window={window} is as long as the run (max_steps="
+            f"{run.max_steps}). Lower guard.spike_window, or leave guard.spike at none."
+        )
+    if spike != "rollback":
+        yield from ignored(run, ["guard.max_rollbacks"], f"with guard.spike={spike} (only rollback goes back)")
+    elif run.checkpoint.every == 0:
+        yield (
+            "guard.spike=rollback goes back to the last checkpoint, but checkpoint.every=0 saves none before the end. "
+            "Set checkpoint.every to a number of steps."
+        )
 
 
 def tracking(run: Run) -> Iterator[str]:

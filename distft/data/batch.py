@@ -71,3 +71,8 @@ class Step:
     source_supervised: tuple[int, ...]  # supervised tokens by source over all ranks
     source_tokens: tuple[int, ...]  # real tokens by source over all ranks
     first_bin: int  # number of the step's first bin in the whole run: seeds the step's random numbers
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the run passes over this step: nobody has anything to do."""
+        return not self.micro_batches

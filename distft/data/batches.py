@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,7 +94,7 @@ class Order:
 
 
 class Plan:
-    """What every step of a run is made of. Nothing in it changes: any step can be asked for at any time.
+    """What every step of a run is made of. Any step can be asked for at any time; only `skipped` ever changes.
 
     Args:
         sources: tokenised sources; their order is part of the plan.
@@ -102,6 +102,9 @@ class Plan:
         sequence_length: positions of a bin.
         packed: lay the documents of a micro-batch into one row, or one document a row. The documents are the same.
         data_rank, data_size: this rank's share of a step is bins data_rank::data_size.
+
+    `skipped` holds steps, counted from 0, that the run passes over: they keep their number, and every other step its
+    own bins, learning rate and random numbers.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Plan:
         weights = [source.weight for source in self.sources]
         self.shares = [float(weight or count) for weight, count in zip(weights, self.num_bins, strict=True)]
         self.order = Order(self.shares)
+        self.skipped: set[int] = set()
 
     def bins(self, source: int, epoch: int) -> Bins:
         """The bins of a source in one epoch, made when they are first asked for."""
@@ -145,8 +149,20 @@ class Plan:
     def step(self, index: int) -> Step:
         """The global batch number `index` as this rank sees it."""
         first = index * self.batch.global_size
+        if index in self.skipped:
+            none = (0,) * len(self.sources)
+            return Step(index, (), 0, 0, source_supervised=none, source_tokens=none, first_bin=first)
         places = self.order.places(first, self.batch.global_size)
         return self._step(index, first, [self._documents(*place) for place in places])
+
+    def sample_ids(self, index: int) -> list[str]:
+        """`source:row` of every document of the global batch number `index`, over all ranks."""
+        places = self.order.places(index * self.batch.global_size, self.batch.global_size)
+        return self.names([document for place in places for document in self._documents(*place)])
+
+    def names(self, documents: Iterable[Place]) -> list[str]:
+        """`source:row` of documents, with the rows' own ids."""
+        return [f"{self.sources[source].name}:{self.sources[source].row_id(row)}" for source, row in documents]
 
     def eval_steps(self) -> Iterator[Step]:
         """Every bin of all sources once; the last step may be short."""
@@ -156,7 +172,10 @@ class Plan:
             yield self._step(index, first, [self._documents(*place) for place in chosen])
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """Where each source stands after `step` steps, in JSON's types: what resuming compares and people read."""
+        """Where each source stands after `step` steps, in JSON's types: what resuming compares and people read.
+
+        `skipped`: the steps that the run passes over, counted from 1 as those of metrics.jsonl.
+        """
         taken = self.order.taken(step * self.batch.global_size)
         return {
             "step": step,
@@ -165,6 +184,7 @@ class Plan:
                 for source, count, bins in zip(self.sources, taken, self.num_bins, strict=True)
             ],
             "shares": [[0, self.shares]],
+            "skipped": [index + 1 for index in sorted(self.skipped)],
         }
 
     def _documents(self, source: int, number: int) -> list[Place]:

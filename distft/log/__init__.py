@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SKIPPED = "skipped.jsonl"
 
 
 class Log:
@@ -44,6 +46,8 @@ class Log:
         self.screen = Screen(num_steps, resumed_step or 0)
         self.metrics = Lines(run_dir / METRICS, resumed_step)
         self.answers = Lines(run_dir / SAMPLES, resumed_step)
+        # What was stepped over stays so from whichever step a run goes on; a run that starts anew has skipped nothing.
+        self.skips = Lines(run_dir / SKIPPED, None if resumed_step is None else sys.maxsize)
         self.tracker: Background | None = None
         if run.log.tracker == "wandb":
             from distft.log.wandb import WandbTracker, new_id
@@ -83,6 +87,19 @@ class Log:
             if self.tracker:
                 self.tracker.call("samples", step, [dict(row) for row in rows])
 
+    def skipped(self, step: int, record: Mapping[str, Any]) -> None:
+        """The global batch of a step is left out of the run from now on."""
+        if self.active:
+            self.skips.write({"step": step, **record})
+
+    def go_back(self, step: int) -> None:
+        """The run goes back to its checkpoint of `step`: later records move to `*.abandoned.jsonl`."""
+        if self.active:
+            self.metrics.go_back(step)
+            self.answers.go_back(step)
+            if self.tracker:
+                self.tracker.call("go_back", step)
+
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""
         if self.active:
@@ -97,6 +114,7 @@ class Log:
                 self.tracker.close(status, dict(summary))
             self.metrics.close()
             self.answers.close()
+            self.skips.close()
 
     def __enter__(self) -> Log:
         return self

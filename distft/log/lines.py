@@ -46,6 +46,12 @@ class Lines:
             self.cut(-1 if resumed_step is None else resumed_step)
         self.num_before = sum(num_lines(old) for old in (path, self.abandoned) if old.exists())  # ever written
 
+    def go_back(self, last_step: int) -> None:
+        """Abandon what was written past `last_step`, and go on behind it."""
+        self.close()
+        if self.path.exists():
+            self.cut(last_step)
+
     def cut(self, last_step: int) -> None:
         """Keep records up to `last_step`; what was torn by a kill is abandoned too."""
         kept: list[str] = []

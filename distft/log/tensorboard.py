@@ -33,6 +33,11 @@ class TensorBoardTracker:
             self.writer.add_text(f"eval/samples/{number}", text, step)
         self.writer.flush()
 
+    def go_back(self, step: int) -> None:
+        self.writer.close()
+        self.resumed_step = step
+        self.start()
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self.writer.add_text("status", status)
         self.writer.close()

@@ -145,6 +145,9 @@ class WandbTracker:
         table = self.wandb.Table(columns=columns, data=[[step, *row.values()] for row in rows])
         self.record({"step": step, "eval/samples": table})
 
+    def go_back(self, step: int) -> None:
+        """Nothing: W&B keeps all records, and along our step axis the later ones are drawn over the earlier."""
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self.session.summary.update({"status": status, **summary})
         self.session.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)

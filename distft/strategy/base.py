@@ -65,10 +65,11 @@ class Strategy(Protocol):
         """Accumulate gradients; `last`: the step's last micro-batch, after which gradients are reduced."""
         ...
 
-    def step(self, lr: float, keep: bool = True) -> Tensor:
+    def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         """Clip, update with `lr` times each group's `lr_scale`, zero. Returns the global norm before clipping, fp32.
 
         Where the norm is not finite, or `keep` is False, no rank changes a weight or a moment: gradients are dropped.
+        `keep` may be a flag on the device (no dimensions, bool, the same on every rank), for which nothing waits.
         """
         ...
 

@@ -84,7 +84,7 @@ class Ddp:
         self.last = last
         loss.backward()
 
-    def step(self, lr: float, keep: bool = True) -> Tensor:
+    def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         norm = self.update.step(lr, keep)
         # DDP's gradients are views into its buckets: cleared in place they stay there and are never copied
         self.update.optimizer.zero_grad(set_to_none=self.world.size == 1)

@@ -90,7 +90,7 @@ class Fsdp:
                 self.root.set_reshard_after_backward(last)
         loss.backward()
 
-    def step(self, lr: float, keep: bool = True) -> Tensor:
+    def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         self.sum_scalars()
         norm = self.update.step(lr, keep)
         for parameter in self.parameters.values():

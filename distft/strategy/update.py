@@ -90,15 +90,17 @@ class Update:
                 self.optimizer.state[piece.local]["step"].fill_(value)
 
     @torch.no_grad()
-    def step(self, lr: float, keep: bool) -> Tensor:
+    def step(self, lr: float, keep: bool | Tensor) -> Tensor:
         """Clip and update from the gradients of `parameter`; returns the global norm before clipping, fp32 scalar.
 
-        Where the norm is not finite the kernels leave weights, moments and step count as they were.
+        Where the norm is not finite, or `keep` says so on the device, the kernels leave weights, moments and step
+        count as they were.
         """
         gradients = self.gradients()
         norm = self.norm(gradients)
-        if keep:
-            found_inf = (~norm.isfinite()).float()
+        if keep is not False:
+            kept = norm.isfinite() if keep is True else norm.isfinite() & keep
+            found_inf = (~kept).float()
             self.optimizer.found_inf = found_inf
             self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0) if self.clip > 0 else None
             for group in self.optimizer.param_groups:

@@ -54,6 +54,7 @@ class Zero:
         self.run, self.world, self.precision = run, world, precision
         self.stage = STAGES[run.strategy.name]
         self._num_updates = 0
+        self._num_dropped: Tensor | float = 0.0  # of these, dropped by a flag on the device
         silence()
 
     # --- birth -------------------------------------------------------------------------------------------------------
@@ -136,14 +137,19 @@ class Zero:
         with self._memory_efficient_linear():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float, keep: bool = True) -> Tensor:
+    def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         """See base.py. DeepSpeed drops the step on all ranks where the global norm is not finite (`overflow`)."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        with contextlib.nullcontext() if keep else muted(self.optimizer):
+        # Read by the fused kernels of the optimizer inside: nothing of it goes through DeepSpeed.
+        dropped = (~keep).float() if isinstance(keep, Tensor) else None
+        self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
+        with muted(self.optimizer) if keep is False else contextlib.nullcontext():
             self.engine.step()
-        if keep and not self.engine.optimizer.overflow:
+        if keep is not False and not self.engine.optimizer.overflow:
             self._num_updates += 1
+            if dropped is not None:
+                self._num_dropped = dropped + self._num_dropped
         norm = self.engine.optimizer._global_grad_norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
 
@@ -167,11 +173,11 @@ class Zero:
 
     @property
     def num_updates(self) -> int:
-        return self._num_updates
+        return self._num_updates - int(self._num_dropped)
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        self._num_updates = value
+        self._num_updates, self._num_dropped = value, 0.0
         for _, flat, group in self._flats():
             if has_moments(group):
                 create_moments(self.optimizer, flat, group)["step"].fill_(value)

@@ -153,7 +153,25 @@ class Job:
         """The state to start from, and the step of the checkpoint that it came from (None: a fresh start)."""
         from distft.checkpoint.resume import restore
 
-        return restore(self.run, self.run_dir, self.prepared, self.base_hashes, self.strategy, self.world, say=print)
+        state, resumed = restore(
+            self.run, self.run_dir, self.prepared, self.base_hashes, self.strategy, self.world, say=print
+        )
+        if resumed is not None:
+            self.pass_over(state)
+        return state, resumed
+
+    def pass_over(self, state: TrainState) -> None:
+        """Leave out of the plan what the run has stepped over, also where it did so after this checkpoint."""
+        from distft.checkpoint.layout import run_folder
+        from distft.checkpoint.ranks import Ranks
+        from distft.guard import read_skipped
+
+        source = self.run_dir if self.run.resume == "auto" else Path(self.run.resume)
+        known = Ranks(self.world).gather(read_skipped(run_folder(source)) if self.world.is_main else [])[0]
+        if len(known) > len(state.rollbacks):
+            state.rollbacks = [record["back_to"] for record in known]
+        self.plan.skipped = {record["step"] - 1 for record in known}
+        self.plan.skipped |= {step - 1 for step in state.cursor.get("skipped", [])}
 
     def train(self, state: TrainState, log: Log, stop_requested: StopFlag) -> None:
         """Fit, then write and check what was trained. `result.json` tells the end, whatever it was."""

@@ -9,7 +9,8 @@ import torch
 
 from distft.checkpoint.state import TrainState, load, save
 from distft.data.batches import pin
-from distft.loop import Fit, Late
+from distft.guard import Late
+from distft.loop import Fit
 from distft.world import World
 from tests.gpu.places import EVERYWHERE, GPU, world_of_one
 from tests.parity.engine import Case, prepared

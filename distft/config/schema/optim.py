@@ -110,7 +110,23 @@ class EarlyStopping:
 @dataclass
 class Guard:
     patience: int = 5
-    """Steps in a row with a non-finite loss or gradient norm after which the run stops."""
+    """Steps in a row without an update, because loss or gradient norm were not finite or (spike=skip) the loss spiked,
+    after which the run stops."""
+
+    spike: str = choice("none", "warn", "skip", "rollback")
+    """What follows a loss far above those of the steps before. warn: a line; skip: no rank makes that step's update;
+    rollback: back to the last checkpoint, and on without that step's global batch. All reduce one number more a
+    step."""
+
+    spike_score: float = 6.0
+    """Robust z-score from which a loss is a spike: its distance from the median of the steps before in standard
+    deviations (1.4826 times the median absolute deviation, at least 1 % of the median)."""
+
+    spike_window: int = 32
+    """Steps that a loss is compared with; until there are so many none is judged."""
+
+    max_rollbacks: int = 3
+    """Rollbacks to the same checkpoint; the run stops where one more would follow."""
 
     stall_seconds: float = 600.0
     """Longest wait of a collective."""
