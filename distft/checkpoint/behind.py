@@ -45,9 +45,17 @@ class WriteBehind:
     """
 
     def __init__(
-        self, run: Run, run_dir: Path, strategy: Strategy, world: World, say: Callable[[str], None] = print
+        self,
+        run: Run,
+        run_dir: Path,
+        strategy: Strategy,
+        world: World,
+        say: Callable[[str], None] = print,
+        prove: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
+        """`prove`: what a checkpoint records to be verified by later, a collective that every save calls."""
         self.run, self.run_dir, self.strategy, self.world, self.say = run, run_dir, strategy, world, say
+        self.prove = prove
         group = None
         if world.size > 1:
             longest = datetime.timedelta(seconds=run.guard.stall_seconds)
@@ -78,6 +86,7 @@ class WriteBehind:
         self.wait()
         self.left_out = None
         state.num_updates = self.strategy.num_updates
+        state.proof = self.prove() if self.prove is not None else {}
         shards, event = owned(self.strategy), None
         behind = self.run.checkpoint.background
         if behind == "auto":

@@ -131,6 +131,10 @@ def check(folder: Path) -> Manifest:
         Damaged: naming the file.
     """
     manifest = Manifest.read(folder)
+    # Before anything of the size or by the name that it claims is made or opened.
+    expected = {rank_file(rank) for rank in range(len(manifest.files))}
+    if manifest.world_size != len(manifest.files) or set(manifest.files) != expected:
+        raise Damaged(f"{folder / MANIFEST} names other files than those of {manifest.world_size} ranks")
     pointer = _read_latest(folder.parent)
     if pointer.get("folder") == folder.name and pointer.get("manifest_sha256") != _sha256(folder / MANIFEST):
         raise Damaged(f"{folder / MANIFEST} is not the one that {folder.parent / LATEST} names")

@@ -120,6 +120,36 @@ def complete(parts: Iterable[dict[str, tuple[int, tuple[int, ...]]]]) -> tuple[l
     return kinds, whole
 
 
+def incomplete(folder: Path, manifest: Manifest) -> list[str]:
+    """Parameters and moments that the ranges of all files do not make up exactly, from the files' headers.
+
+    Raises:
+        Damaged: a file is not what `write` makes.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name in sorted(manifest.files):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                index = json.loads(file.metadata()["index"])
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    [length] = file.get_slice(key).get_shape()
+                    found.setdefault(key, []).append((int(index[key][0]), length))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise Damaged(f"{folder / name} cannot be read: {error!r}") from error
+    wanted = {f"{kind}/{name}": math.prod(shape) for name, shape in manifest.shapes.items() for kind in manifest.kinds}
+    return [key for key in {**wanted, **found} if key not in wanted or not joined(found.get(key, []), wanted[key])]
+
+
+def joined(parts: Iterable[tuple[int, int]], size: int) -> bool:
+    """Whether (start, length) parts follow each other from 0 to `size` without a gap or an overlap."""
+    reached = 0
+    for start, length in sorted(part for part in parts if part[1]):
+        if start != reached:
+            return False
+        reached += length
+    return reached == size
+
+
 @torch.no_grad()
 def read(paths: Sequence[Path], shards: Sequence[Shard]) -> None:
     """Fill `shards` from the files: those parts of each file's ranges that fall into them, and no more.

@@ -45,10 +45,18 @@ class TrainState:
     source_supervised: dict[str, int] = field(default_factory=dict)  # supervised tokens seen, by source
     base_hashes: dict[str, str] = field(default_factory=dict)  # of the model folder's weight files, see `hash_base`
     tracker_run: str | None = None  # W&B's run id
+    proof: dict[str, Any] = field(default_factory=dict)  # tokenizer and logits at this step, see `model.proof.prove`
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> TrainState:
-        return cls(**values)
+        """
+        Raises:
+            Damaged: it is no state, or that of another version.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise Damaged(f"the state in its {layout.MANIFEST} is not that of a run ({error})") from None
 
     def go_back(self, saved: TrainState) -> None:
         """Take over what training had made at an earlier step; what the run is, and how often it went back, stays."""
@@ -136,6 +144,7 @@ def _verify(folder: Path, world: World) -> tuple[Manifest | None, list[str]]:
     problems: list[str] = []
     try:
         manifest = layout.check(folder)
+        TrainState.of(manifest.state)
         problems += ranges.wrong_files(folder, manifest, sorted(manifest.files)[world.rank :: world.size])
     except Damaged as error:
         problems.append(str(error))
@@ -186,7 +195,8 @@ def _mismatches(manifest: Manifest, shards: list[Shard]) -> list[str]:
 
 
 def verify_saved(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> None:
-    """Re-read what this rank wrote and compare it bit for bit with `shards`. Collective.
+    """Re-read what this rank wrote and compare it bit for bit with `shards`; on rank 0 also look the whole over, as
+    `distft verify` does before it reads values. Collective.
 
     Raises:
         NegativeVerdict: the disk does not hold what was written.
@@ -194,7 +204,9 @@ def verify_saved(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> None:
     wrong: list[str] = []
     try:
         wrong = ranges.differing(folder / layout.rank_file(ranks.world.rank), shards) if shards else []
-    except (OSError, SafetensorError) as error:
+        if ranks.world.is_main:
+            wrong += ranges.incomplete(folder, layout.check(folder))
+    except (OSError, SafetensorError, Damaged) as error:
         wrong = [f"the file ({error})"]
     every = [f"{key} of rank {rank}" for rank, keys in enumerate(ranks.gather(wrong)) for key in keys]
     if every:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distft.checkpoint import layout
+from distft.checkpoint import layout, ranges
 from distft.checkpoint.behind import available_memory
 from distft.checkpoint.layout import Damaged, Manifest
 from distft.checkpoint.ranges import wrong_files
@@ -21,14 +20,19 @@ from distft.config.snapshot import read_snapshot
 from distft.errors import Stop
 from distft.model import tuning
 from distft.model.foreign import check_model
-from distft.model.load import build
-from distft.model.logits import GIB
+from distft.model.load import build, finish_buffers
+from distft.model.logits import GIB, judge, too_large, types_of
 from distft.model.mapping import open_weights
+from distft.model.probe import Recorded
 from distft.model.proof import weight_hashes
-from distft.model.verify import PIECE, effect
+from distft.model.verify import PIECE, effect, serving
 from distft.prepared import Prepared
+from distft.strategy.base import Shard
 from distft.weights.findings import Finding
+from distft.weights.store import FolderWeights
 
+MALFORMED = (KeyError, TypeError, ValueError, IndexError)  # what a state of somebody's own making leads to
+NOT_RECORDED = "none were recorded: another version wrote the checkpoint, or it was not a run that did"
 ALONE = "the checkpoint lies in no run folder with config.yaml and prepared.json, which name the model"
 
 
@@ -74,48 +78,38 @@ def verify_checkpoint(folder: Path, max_bytes: float = math.inf, trust_remote_co
         return [*findings, Finding("files", False, "; ".join(wrong))]
     total = sum(record.num_bytes for record in manifest.files.values())
     findings.append(Finding("files", True, f"{total:,} bytes, as they were written"))
-    checks = {
+    origin = Origin.of(folder, trust_remote_code)
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "ranges": lambda: whole(folder, manifest),
-        "names and shapes": lambda: keys(manifest, Origin.of(folder, trust_remote_code)),
-        "base": lambda: base_files(manifest, Origin.of(folder, trust_remote_code)),
+        "names and shapes": lambda: keys(manifest, origin),
+        "base": lambda: base_files(manifest, origin),
+        "tokenizer": lambda: tokenizer(manifest, origin),
+        "logits": lambda: [logits(folder, manifest, origin, max_bytes)],
     }
     for what, check in checks.items():
         try:
             findings += check()
-        except (Stop, Damaged, SafetensorError) as error:
+        except (Stop, Damaged, SafetensorError, *MALFORMED) as error:
             findings.append(Finding(what, False, str(error)))
     return findings
 
 
 def whole(folder: Path, manifest: Manifest) -> Iterator[Finding]:
     """The ranks' ranges make up every parameter and moment exactly, hold numbers, and adapters do something."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    wrong, values, not_zero = [], 0, set()
+    wrong = [f"{folder}: the ranges of {key} do not make it up" for key in ranges.incomplete(folder, manifest)]
+    num_values, not_zero = 0, set()
     for name in sorted(manifest.files):
         with safe_open(folder / name, framework="pt") as file:
-            index = json.loads((file.metadata() or {}).get("index", "{}"))
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key not in index:
-                    raise Damaged(f"{folder / name} holds {key}, which its own index does not name")
                 stored = file.get_slice(key)
                 [length] = stored.get_shape()
-                ranges.setdefault(key, []).append((int(index[key][0]), length))
-                values += length
+                num_values += length
                 is_zero, is_finite = look_through(stored, length)
                 if not is_finite:
                     wrong.append(f"{folder / name}: {key} holds values that are no numbers (nan or infinity)")
                 if not is_zero:
                     not_zero.add(key)
-    for parameter, shape in manifest.shapes.items():
-        for kind in manifest.kinds:
-            reached = 0
-            for start, length in sorted(part for part in ranges.get(f"{kind}/{parameter}", []) if part[1]):
-                reached = reached + length if start == reached else -1
-                if reached < 0:
-                    break
-            if reached != math.prod(shape):
-                wrong.append(f"{folder}: the ranges of {kind}/{parameter} do not make up its shape {shape}")
-    said = f"{len(manifest.shapes)} parameters, {values:,} values with their moments"
+    said = f"{len(manifest.shapes)} parameters, {num_values:,} values with their moments"
     yield Finding("ranges", not wrong, "; ".join(wrong[:3]) if wrong else said)
     adapters = [name for name in manifest.shapes if ".lora_" in name]
     if adapters:
@@ -169,3 +163,47 @@ def base_files(manifest: Manifest, origin: Origin | None) -> Iterator[Finding]:
     wrong = sorted(file for file in {*hashes, *recorded} if hashes.get(file) != recorded.get(file))
     said = f"{origin.base / wrong[0]} is not the file that it was trained on." if wrong else f"{origin.base}"
     yield Finding("base", not wrong, said)
+
+
+def tokenizer(manifest: Manifest, origin: Origin | None) -> Iterator[Finding]:
+    """The run's tokenizer, against what the checkpoint recorded of it."""
+    words = None if origin is None else Path(origin.prepared.tokenizer_folder)
+    if origin is None or origin.base is None or words is None or not words.is_dir():
+        yield Finding("tokenizer", None, ALONE if origin is None else gone(origin))
+        return
+    if not manifest.state.get("proof"):
+        yield Finding("tokenizer", None, NOT_RECORDED)
+        return
+    yield from serving(words, origin.base, manifest.state["proof"], origin.run.model.trust_remote_code)
+
+
+def logits(folder: Path, manifest: Manifest, origin: Origin | None, max_bytes: float) -> Finding:
+    """What the base and the ranges compute together, without an engine, against what the trainer had computed."""
+    proof = manifest.state.get("proof")
+    if not proof or not proof["prompts"]:
+        return Finding("logits", None, NOT_RECORDED)
+    if origin is None or origin.base is None:
+        return Finding("logits", None, ALONE if origin is None else gone(origin))
+    stored = FolderWeights(origin.base)
+    if (left_out := too_large([stored], "fp32", max_bytes)) is not None:
+        return left_out
+    model = rebuilt(folder, manifest, origin)
+    return judge(folder, model, Recorded.of_json(proof["prompts"]), proof["precision"], types_of(stored))
+
+
+@torch.no_grad()
+def rebuilt(folder: Path, manifest: Manifest, origin: Origin) -> Any:
+    """The model of a checkpoint in host memory, fp32: frozen weights from its base, trained ones from the ranges."""
+    assert origin.base is not None
+    with torch.device("meta"):
+        model: Any = build(origin.base, origin.run)
+    model, weights = tuning.apply(model, origin.run.tuning, open_weights(origin.base, model), origin.run.seed)
+    model.to_empty(device="cpu")
+    finish_buffers(model, torch.device("cpu"))
+    tensors = dict(tuning.named_tensors(model))
+    for name, tensor in tensors.items():
+        if name not in manifest.shapes:
+            tensor.copy_(weights.read(name).view(tensor.shape))
+    parts = [Shard(name, "param", tuple(tensors[name].shape), 0, tensors[name].view(-1)) for name in manifest.shapes]
+    ranges.read([folder / name for name in sorted(manifest.files)], parts)
+    return model.eval()

@@ -52,6 +52,7 @@ HARMLESS = (
     "early_stopping",
     "checkpoint",
     "guard",
+    "verify",
 )
 HASHED = {
     "data": (

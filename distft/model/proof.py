@@ -99,6 +99,22 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
+def prove(
+    tokenizer: Any, tokenizer_files: Path, generation: Path, probe: Probe | None, precision: str
+) -> dict[str, Any]:
+    """What a checkpoint records beside its hashes: the entries of a `Proof` that need no final folder.
+
+    `tokenizer_files`: the tokenizer's folder. `generation`: the folder with generation_config.json.
+    """
+    return {
+        "tokenizer": tokenizer_hash(tokenizer_files),
+        "chat_template": template_hash(tokenizer),
+        "stop_ids": stop_ids(tokenizer, generation),
+        "precision": precision,
+        "prompts": [] if probe is None else Recorded.of(probe).as_json(),
+    }
+
+
 def write_proof(
     folder: Path,
     kind: str,
@@ -119,12 +135,8 @@ def write_proof(
         files={
             name: {"num_bytes": (folder / name).stat().st_size, "xxh3_128": hash_file(folder / name)} for name in names
         },
-        tokenizer=tokenizer_hash(folder),
-        chat_template=template_hash(tokenizer),
-        stop_ids=stop_ids(tokenizer, folder),
-        precision=precision,
         base=base,
-        prompts=[] if probe is None else Recorded.of(probe).as_json(),
+        **prove(tokenizer, folder, folder, probe, precision),
     )
     (folder / PROOF_FILE).write_text(proof.text(), encoding="utf-8")
     fsync(folder / PROOF_FILE)

@@ -6,9 +6,11 @@ want of memory.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -23,6 +25,7 @@ from distft.model.plain import tokenizer_folder
 from distft.model.proof import Proof, template_hash, tokenizer_hash, weight_hashes
 from distft.model.subject import NOT_OURS, Subject
 from distft.weights.findings import Finding
+from distft.weights.links import refuse_links
 from distft.weights.store import Weights, num_elements
 from distft.weights.write import hash_file
 
@@ -143,34 +146,46 @@ def effect(where: Path, names: list[str], zero: set[str]) -> Finding:
 
 
 def tokenizer(subject: Subject) -> Iterator[Finding]:
-    """The tokenizer's files, the chat template and the stop tokens that serving would take."""
     folder, proof = subject.folder, subject.proof
     if not any((folder / name).exists() for name in TOKENIZER_FILES) and not subject.is_adapter:
         yield Finding("tokenizer", False, f"{folder} holds no tokenizer.")
         return
-    if subject.is_adapter and subject.base()[1] is None and tokenizer_folder(folder) != folder:
-        yield Finding("tokenizer", None, "its base, which has the tokenizer, is not on this machine")
-        return
-    read = read_tokenizer(tokenizer_folder(folder), subject.trust_remote_code)
-    stops = stop_ids(read, folder)
-    words = ", ".join(f"{read.convert_ids_to_tokens(token)!r} ({token})" for token in stops if token < len(read))
+    words = tokenizer_folder(folder)
+    if words != folder:
+        name, base = subject.base()
+        if base is None:
+            yield Finding("tokenizer", None, f"its base {name}, which has the tokenizer, is not on this machine")
+            return
+        words = base
+    refuse_links(words)
+    recorded = None if proof is None else dataclasses.asdict(proof)
+    yield from serving(words, folder, recorded, subject.trust_remote_code)
+
+
+def serving(words: Path, generation: Path, recorded: dict[str, Any] | None, trusted: bool) -> Iterator[Finding]:
+    """The tokenizer's files in `words`, the chat template and the stop tokens that serving would take, the latter also
+    from `generation`; `recorded`: as `prove` makes it."""
+    read = read_tokenizer(words, trusted)
+    stops = stop_ids(read, generation)
+    shown = ", ".join(f"{read.convert_ids_to_tokens(token)!r} ({token})" for token in stops if 0 <= token < len(read))
     if unknown := [token for token in stops if not 0 <= token < len(read)]:
-        yield Finding("stop token", False, f"{folder}: the stop token {unknown[0]} is no token of its tokenizer.")
+        yield Finding("stop token", False, f"{generation}: the stop token {unknown[0]} is no token of its tokenizer.")
     elif not stops:
-        yield Finding("stop token", None, "neither its tokenizer nor its generation_config.json names one")
-    elif proof is not None and stops != proof.stop_ids:
-        yield Finding("stop token", False, f"{folder}: it stops at {words}; when it was saved at {proof.stop_ids}.")
+        yield Finding("stop token", None, "neither the tokenizer nor a generation_config.json names one")
+    elif recorded is not None and stops != recorded["stop_ids"]:
+        before = recorded["stop_ids"]
+        yield Finding("stop token", False, f"{generation}: it stops at {shown}; when it was saved, at {before}.")
     else:
-        yield Finding("stop token", True, words)
-    if proof is None:
+        yield Finding("stop token", True, shown)
+    if recorded is None:
         yield Finding("tokenizer", None, NOT_OURS)
         return
-    same = tokenizer_hash(folder) == proof.tokenizer
-    said = "as it was saved" if same else f"{folder}: the tokenizer's files are not those that were saved."
+    same = tokenizer_hash(words) == recorded["tokenizer"]
+    said = "as it was saved" if same else f"{words}: the tokenizer's files are not those that were saved."
     yield Finding("tokenizer", same, said)
-    same = template_hash(read) == proof.chat_template
-    said = "as it was saved" if same else f"{folder}: the chat template that serving takes is not the one saved."
-    yield Finding("chat template", same, said if proof.chat_template or not same else "none, as it was saved")
+    same = template_hash(read) == recorded["chat_template"]
+    said = "as it was saved" if same else f"{words}: the chat template that serving takes is not the one saved."
+    yield Finding("chat template", same, said if recorded["chat_template"] or not same else "none, as it was saved")
 
 
 def base_files(subject: Subject) -> Iterator[Finding]:

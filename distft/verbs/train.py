@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distft import errors
 from distft.config.schema import Run
@@ -188,7 +188,7 @@ class Job:
         if state.step:
             log.say(f"Going on after step {state.step} of {self.num_steps}")
         peak = peak_flops(self.world.device, self.precision)
-        checkpoints = WriteBehind(self.run, self.run_dir, self.strategy, self.world, log.say)
+        checkpoints = WriteBehind(self.run, self.run_dir, self.strategy, self.world, log.say, self.prove)
         fit = Fit(
             config=self.run,
             world=self.world,
@@ -221,6 +221,22 @@ class Job:
         if self.world.is_main:
             tell_the_end(self.run, self.run_dir, state, samples)
 
+    def prove(self) -> dict[str, Any]:
+        """What a checkpoint records to be verified by: its tokenizer, and logits of a few short prompts. Collective."""
+        from distft.evaluation.samples import take_probe
+        from distft.model.probe import prompt_ids
+        from distft.model.proof import prove
+
+        words, model = Path(self.prepared.tokenizer_folder), Path(self.prepared.model_folder)
+        probe = take_probe(self.strategy, prompt_ids(self.tokenizer), self.world)
+        return prove(self.tokenizer, words, model, probe, self.precision)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from distft.model.folder import read_tokenizer
+
+        return read_tokenizer(Path(self.prepared.tokenizer_folder), self.run.model.trust_remote_code)
+
     def finish(self, status: str, state: TrainState, log: Log) -> list[dict[str, str]]:
         """Write `final/` and compare it with what was trained, then sample answers. Collective."""
         from distft.checkpoint.layout import step_folder
@@ -230,7 +246,6 @@ class Job:
         from distft.evaluation.samples import sample_answers, take_probe
         from distft.model.decode import stop_ids
         from distft.model.final import check_final, save_final
-        from distft.model.folder import read_tokenizer
         from distft.model.probe import prompt_ids
 
         run, strategy, world = self.run, self.strategy, self.world
@@ -241,7 +256,7 @@ class Job:
                 log.say(f"Early stopping: the best weights, those of step {state.best_step}, become the final ones")
             else:  # checkpoint.on_full=skip
                 log.say(f"The best weights, those of step {state.best_step}, were not saved: the last ones are final")
-        tokenizer = read_tokenizer(Path(self.prepared.tokenizer_folder), run.model.trust_remote_code)
+        tokenizer = self.tokenizer
         probe = take_probe(strategy, prompt_ids(tokenizer), world)
         gathered = strategy.gather()
         verdict = Verdict()
