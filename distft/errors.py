@@ -51,7 +51,7 @@ class GuardStop(Stop):
 
 
 class Stalled(Stop):
-    """A rank or a collective did not move within `guard.stall_seconds`."""
+    """A rank did not move within `guard.stall_seconds`."""
 
     exit_code = STALLED
     status = "stalled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distft import heartbeat
 from distft.config.schema import Run
 from distft.errors import SignalStop, UserMistake
 from distft.evaluation.loss import evaluate
@@ -22,7 +24,7 @@ from distft.log import SKIPPED
 from distft.objective.trainee import LossRequest, LossSums
 from distft.optim import lr_at
 from distft.perf import memory
-from distft.world import World, seed_everything, seed_of, sum_over
+from distft.world import World, longest_wait, seed_everything, seed_of, sum_over
 
 if TYPE_CHECKING:
     from distft.checkpoint.behind import WriteBehind
@@ -42,13 +44,15 @@ class Agreement:
     The reduction of a step is started behind it and awaited behind the next one, so that nothing waits for it.
     """
 
-    def __init__(self, world: World, num_flags: int) -> None:
-        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+    def __init__(self, world: World, num_flags: int, timeout: float = 600.0) -> None:
+        longest = datetime.timedelta(seconds=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=longest) if world.size > 1 else None
         self.flags = torch.zeros(num_flags, dtype=torch.int32)  # on the host, whatever the device
         self.pending: Any = None
 
     def ask(self, *raised: bool) -> list[bool]:
         """Raise each flag or not for this step; returns what any rank said on the step before."""
+        heartbeat.mark("agreement")
         if self.group is None:
             return list(raised)
         agreed = [False] * len(raised)
@@ -130,7 +134,8 @@ class Fit:
             SignalStop: a signal arrived; a checkpoint was saved by all ranks at the same step.
             UserMistake: a checkpoint could not be written; all ranks raise at the same step, soon after.
         """
-        agreement = Agreement(self.world, num_flags=1 + len(STOP_SIGNALS))
+        longest = longest_wait(self.config.guard.stall_seconds)
+        agreement = Agreement(self.world, num_flags=1 + len(STOP_SIGNALS), timeout=longest)
         with scheduled_collection():
             while True:
                 try:
@@ -142,6 +147,7 @@ class Fit:
     def train(self, agreement: Agreement) -> str:
         """From the step that `state` stands at to the end."""
         config, state = self.config, self.state
+        heartbeat.mark("start", state.step)
         self.interval = Interval()
         self.saved_at = state.step
         self.guard.restore(state.recent_losses)
@@ -195,11 +201,14 @@ class Fit:
                 share=batch.num_tokens / max(1, step.num_tokens),
                 num_sources=len(self.source_names),
             )
+            heartbeat.mark("forward")
             answer = strategy.forward(request)
             assert isinstance(answer, LossSums)
+            heartbeat.mark("backward")
             strategy.backward(answer.loss, last=index == len(step.micro_batches) - 1)
             nll[:-1] += answer.nll
             nll[-1] += answer.auxiliary
+        heartbeat.mark("optimizer step")
         self.interval.steps += 1
         self.interval.tokens += step.num_tokens
         self.interval.flops += self.flops(step)
@@ -229,6 +238,7 @@ class Fit:
 
     def go_back(self, spike: Spike) -> None:
         """Take up the last checkpoint, and pass over the global batch of `spike` from now on. All ranks alike."""
+        heartbeat.mark("checkpoint")
         state = self.state
         saved = self.checkpoints.load(state.step, say=self.log.say)
         self.guard.look_at_rollbacks(state, saved.step, spike)
@@ -248,6 +258,7 @@ class Fit:
 
     def record(self, step: Step, norm: Tensor, nll: Tensor) -> None:
         """Log this step. The only place of the training path where the host waits for the device."""
+        heartbeat.mark("record")
         self.settle()
         state, interval = self.state, self.interval
         *by_source, auxiliary = sum_over(self.world, nll.clone()).double().tolist()
@@ -278,6 +289,7 @@ class Fit:
         """Evaluate, log, and say whether `checkpoint.best` is better than ever before."""
         if self.evaluation_steps is None:
             return False
+        heartbeat.mark("evaluation")
         state, started = self.state, time.perf_counter()
         record = evaluate(self.strategy, self.evaluation_steps(), self.world, self.eval_source_names)
         self.log.evaluation(state.step, record)
@@ -302,6 +314,7 @@ class Fit:
     def checkpoint(self) -> None:
         """Take a checkpoint, once a step; it is written behind the next steps."""
         if self.saved_at != self.state.step:
+            heartbeat.mark("checkpoint")
             started = time.perf_counter()
             self.settle()
             self.state.recent_losses = self.guard.saved()

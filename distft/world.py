@@ -74,6 +74,15 @@ def join(store: Store | None = None, timeout: float = 600.0) -> World:
     return World(rank, size, local_rank, rank, size, device)
 
 
+def longest_wait(stall_seconds: float) -> float:
+    """Seconds a collective may take: longer than ranks may stand still, since a rank that moves may be waited for.
+
+    Whoever stands still is found by heartbeats, which also tell who it is; that a collective gives up waiting is what
+    is left where these fail.
+    """
+    return 60 + 6 * stall_seconds
+
+
 def leave() -> None:
     """Leave the process group if there is one."""
     import torch.distributed as dist

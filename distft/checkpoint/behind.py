@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distft import heartbeat
 from distft.checkpoint import layout, ranges
 from distft.checkpoint.ranks import DiskFull, Ranks
 from distft.checkpoint.state import TrainState, load, owned, verify_saved
 from distft.checkpoint.writing import write
 from distft.config.schema import Run
 from distft.errors import Stop
+from distft.heartbeat import BESIDE
 from distft.strategy.base import Shard
-from distft.world import World
+from distft.world import World, longest_wait
 
 if TYPE_CHECKING:
     from distft.strategy.base import Strategy
@@ -58,8 +60,8 @@ class WriteBehind:
         self.prove = prove
         group = None
         if world.size > 1:
-            longest = datetime.timedelta(seconds=run.guard.stall_seconds)
-            group = dist.new_group(backend="gloo", timeout=longest)
+            longest = datetime.timedelta(seconds=longest_wait(run.guard.stall_seconds))
+            group = dist.new_group(backend="gloo", timeout=longest, group_desc=BESIDE)
         self.ranks = Ranks(world, group)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -140,6 +142,7 @@ class WriteBehind:
             NegativeVerdict: the disk does not hold what was written.
         """
         if self.thread is not None:
+            heartbeat.mark("checkpoint")
             self.thread.join()
             self.thread = None
         if self.error is not None:

@@ -19,6 +19,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distft import heartbeat
 from distft.checkpoint.layout import Damaged, FileRecord, Manifest
 from distft.strategy.base import Shard
 from distft.weights.write import hash_file
@@ -59,6 +60,7 @@ def write(path: Path, shards: Sequence[Shard]) -> FileRecord:
         file.write(head)
         digest.update(head)
         for shard in shards:
+            heartbeat.beat()
             data: Any = shard.tensor.detach().cpu().contiguous().numpy()
             file.write(data)
             digest.update(data)
@@ -167,6 +169,7 @@ def read(paths: Sequence[Path], shards: Sequence[Shard]) -> None:
             with safe_open(path, framework="pt") as file:
                 index = json.loads(file.metadata()["index"])
                 for key in [key for key in missing if key in index]:
+                    heartbeat.beat()
                     shard, left = missing.pop(key)
                     left -= _copy_overlap(file, key, index[key][0], shard)
                     if left > 0:
@@ -193,6 +196,7 @@ def differing(path: Path, shards: Sequence[Shard]) -> list[str]:
     different = []
     with safe_open(path, framework="pt") as file:
         for shard in shards:
+            heartbeat.beat()
             stored: Tensor = file.get_tensor(key_of(shard))
             if not equal_bits(stored, shard.tensor):
                 different.append(key_of(shard))

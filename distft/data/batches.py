@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from distft import heartbeat
 from distft.config.schema import Batch as BatchConfig
 from distft.data.batch import Batch, Step
 from distft.data.pack import Bins, epoch_bins
@@ -293,10 +294,10 @@ class Prefetch:
         self.plan, self.first, self.last, self.ahead = plan, first, last, ahead
 
     def __iter__(self) -> Iterator[Step]:
-        ready: queue.Queue[Step | BaseException | None] = queue.Queue(self.ahead)
+        ready: queue.Queue[Step | BaseException] = queue.Queue(self.ahead)
         stopped = threading.Event()
 
-        def put(item: Step | BaseException | None) -> None:
+        def put(item: Step | BaseException) -> None:
             while not stopped.is_set():
                 try:
                     ready.put(item, timeout=0.2)
@@ -311,14 +312,15 @@ class Prefetch:
                         return
                     step = self.plan.step(index)
                     put(pin(step) if torch.cuda.is_available() else step)
-                put(None)
             except BaseException as error:
                 put(error)
 
         thread = threading.Thread(target=make, name="prefetch", daemon=True)
         thread.start()
         try:
-            while (item := ready.get()) is not None:
+            for index in range(self.first, self.last):
+                heartbeat.mark("data", index + 1)
+                item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
                 yield item

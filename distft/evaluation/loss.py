@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distft import heartbeat
 from distft.objective.trainee import LossRequest, LossSums
 from distft.world import World, sum_over
 
@@ -27,6 +28,7 @@ def evaluate(strategy: Strategy, steps: Iterable[Step], world: World, source_nam
     with torch.no_grad():
         for step in steps:
             for batch in step.micro_batches:
+                heartbeat.beat()
                 answer = strategy.forward(LossRequest(batch.to(world.device), 1.0, num_sources=num_sources))
                 assert isinstance(answer, LossSums)
                 sums += torch.stack([answer.nll, answer.counts]).cpu().double()

@@ -19,6 +19,7 @@ from distft.config.schema import Run
 from distft.errors import Mistakes
 from distft.launch import output
 from distft.launch.folder import make_folder, place_run
+from distft.launch.stall import watching
 from distft.launch.start import verb_command, worker_commands
 from distft.launch.stop import STOP_SIGNALS, Signals
 from distft.launch.topology import num_ranks
@@ -72,11 +73,14 @@ def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
         code = preflight_in_child(snapshot, signals)
         if code or signals.received:
             return code or errors.SAVED_AFTER_SIGNAL
-        commands = worker_commands(run.launch.engine, num_ranks(run.launch.ranks), snapshot, resume)
-        if run.launch.engine == "direct":
-            return run_direct(commands, run_dir, signals).code
-        with tempfile.TemporaryDirectory(prefix="distft-") as status:
-            return run_launcher(commands[0], run_dir, signals, Path(status)).code
+        size = num_ranks(run.launch.ranks)
+        commands = worker_commands(run.launch.engine, size, snapshot, resume)
+        with watching(run, run_dir, size) as (look, environment):
+            commands = [dataclasses.replace(one, environment=one.environment | environment) for one in commands]
+            if run.launch.engine == "direct":
+                return run_direct(commands, run_dir, signals, look).code
+            with tempfile.TemporaryDirectory(prefix="distft-") as status:
+                return run_launcher(commands[0], run_dir, signals, Path(status), look).code
 
 
 TARGETS = {"local": start_local}  # by launch.target

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distft import heartbeat
 from distft.world import seed_of
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -76,6 +77,7 @@ def decode_rows(
     for _ in range(max_new_tokens):
         if not open_rows:
             break
+        heartbeat.beat()
         logits = forward(*padded([texts[row] for row in open_rows], device))
         tokens = rank_0_of(choose(logits.float(), open_rows))
         for row, token in zip(open_rows, tokens.tolist(), strict=True):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from distft import errors
+from distft import errors, heartbeat
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, Stalled, Stop, UserMistake
 from distft.launch.stop import StopFlag
@@ -35,10 +36,28 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
     Raises:
         Stop: GuardStop, SignalStop, or a UserMistake that only shows on the device; `result.json` tells which.
     """
-    from distft.log import Log
-    from distft.world import join, leave
+    from distft.launch.blame import Patience
+    from distft.launch.stall import OwnWatch
+    from distft.pulse import Pulse
 
-    world = join(store, run.guard.stall_seconds)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    patience = Patience(run.guard.stall_seconds, run.launch.start_timeout)
+    watch = OwnWatch(run_dir, rank, size, patience)
+    with Pulse(run_dir, rank, size, watch):
+        try:
+            return train_as_a_rank(run, run_dir, store)
+        except RuntimeError as error:
+            if watch.knows():  # the others were ended: what this rank meets follows from that
+                watch.wait()
+                raise Stalled("") from error
+            raise
+
+
+def train_as_a_rank(run: Run, run_dir: Path, store: Store | None) -> int:
+    from distft.log import Log
+    from distft.world import join, leave, longest_wait
+
+    world = join(store, longest_wait(run.guard.stall_seconds))
     stalled = False
     try:
         job = Job.assemble(run, run_dir, world)
@@ -51,8 +70,8 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
         if not stalled:
             raise
         raise Stalled(
-            f"Rank {world.rank} waited longer than guard.stall_seconds={run.guard.stall_seconds:g} for another: a rank "
-            f"is stopped, hangs or is unreachable. Look at {run_dir / 'logs'}, then go on with resume={run_dir}."
+            f"Rank {world.rank} waited {longest_wait(run.guard.stall_seconds):g} s for another, and no heartbeat told "
+            f"which one hangs. Look at {run_dir / 'logs'}, then go on with resume={run_dir}."
         ) from error
     finally:
         if not stalled:  # a group whose collective hangs cannot be left in good order
@@ -101,6 +120,7 @@ class Job:
         from distft.strategy import make_strategy
         from distft.strategy.numbers import numbers_of
 
+        heartbeat.mark("start")
         prepared = Prepared.read(run_dir)
         data = open_prepared(Path(prepared.data_folder))
         length, layout = run.data.sequence_length, (prepared.packed, world.data_rank, world.data_size)
@@ -131,6 +151,7 @@ class Job:
         micro_tokens, cache = length * run.batch.micro_size, cache_folder(run.data)
         several = len(data.train) > 1
         head_notes = head_trial.settle(trainee, run.model.head, world, precision, micro_tokens, several, cache)
+        heartbeat.mark("start")
         strategy.prepare(trainee, layers, weights, partial(make_optimizer, shapes=shapes, optim=run.optim))
         return cls(
             run=run,
@@ -153,6 +174,7 @@ class Job:
         """The state to start from, and the step of the checkpoint that it came from (None: a fresh start)."""
         from distft.checkpoint.resume import restore
 
+        heartbeat.mark("start")
         state, resumed = restore(
             self.run, self.run_dir, self.prepared, self.base_hashes, self.strategy, self.world, say=print
         )
@@ -211,10 +233,12 @@ class Job:
                 status = fit.run()
             samples = self.finish(status, state, log)
         except Stop as stop:
+            heartbeat.mark("closing")
             if self.world.is_main:
                 write_result(self.run_dir, stop.status, state, None, self.data.hash)
             log.finish(stop.status, summary_of(state))
             raise
+        heartbeat.mark("closing")
         if self.world.is_main:
             write_result(self.run_dir, status, state, self.run_dir / "final", self.data.hash)
         log.finish(status, summary_of(state))
@@ -248,6 +272,7 @@ class Job:
         from distft.model.final import check_final, save_final
         from distft.model.probe import prompt_ids
 
+        heartbeat.mark("final")
         run, strategy, world = self.run, self.strategy, self.world
         if status == "early_stopped" and state.best_step not in (None, state.step):
             best = step_folder(self.run_dir, state.best_step)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distft import heartbeat
 from distft.errors import UserMistake
 
 SINGLE_FILE = "model.safetensors"
@@ -107,6 +108,7 @@ class FolderWeights:
         return DTYPES[stored]
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
+        heartbeat.beat()
         shape = self.shape(name)
         stop = num_elements(shape) if length is None else start + length
         if not 0 <= start <= stop <= num_elements(shape):

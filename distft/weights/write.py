@@ -15,6 +15,8 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distft import heartbeat
+
 SHARD_BYTES = 2 * 1024**3
 BLOCK = 1 << 22  # bytes hashed at a time: what a processor's cache holds
 
@@ -32,6 +34,7 @@ def new_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     try:
         yield staging
         for path in (*staging.rglob("*"), staging):
+            heartbeat.beat()
             fsync(path)
         if target.exists() and not replace:
             shutil.rmtree(staging)
@@ -61,6 +64,7 @@ def hash_file(path: Path) -> str:
     digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
         while length := file.readinto(block):
+            heartbeat.beat()
             digest.update(block[:length])
     return digest.hexdigest()
 
@@ -93,6 +97,7 @@ def write_sharded(
         num_bytes = 0
 
     for name, tensor in tensors:
+        heartbeat.beat()
         if name in hashes:
             raise ValueError(f"{name} was written twice")
         size = tensor.numel() * tensor.element_size()

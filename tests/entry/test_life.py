@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from distft import errors
@@ -81,19 +80,6 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(shop: Path) -
     final = "final/adapter_model.safetensors"
     assert (shop / "stopped" / final).read_bytes() == (shop / "whole" / final).read_bytes()
     assert result(shop / "stopped")["sources"] == result(shop / "whole")["sources"]
-
-
-def test_a_rank_that_stands_still_ends_the_run(shop: Path) -> None:
-    knobs = ("launch.ranks=2", "guard.stall_seconds=4", "max_steps=100000", "eval.at_start=false")
-    stalled = start(shop, "stalled", *knobs)
-    wait_for_records(stalled, shop / "stalled", 5)
-    ranks = [child for child in psutil.Process(stalled.pid).children() if "train" in child.cmdline()]
-    assert len(ranks) == 2
-    ranks[1].send_signal(signal.SIGSTOP)
-    code, text = finish(stalled)
-    assert code == errors.STALLED, text
-    assert "guard.stall_seconds=4" in text
-    assert not any(rank.is_running() for rank in ranks)
 
 
 def test_diverging_stops_with_the_step_and_the_rows(shop: Path) -> None:

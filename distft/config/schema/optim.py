@@ -129,6 +129,8 @@ class Guard:
     """Rollbacks to the same checkpoint; the run stops where one more would follow."""
 
     stall_seconds: float = 600.0
-    """Longest wait of a collective."""
+    """Seconds in which every rank has to move: through a micro-batch, to its next batch of data, past a tensor of a
+    checkpoint. A rank that does not is named, and the run ends with code 5. Until the first step is done, and while
+    the tracker closes, `launch.start_timeout` holds where it is longer."""
 
 
