@@ -17,7 +17,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 SLOWEST_FIRST = ("parity", "entry", "faults", "golden", "contract", "unit")
-NEED_RANKS = ("tests/parity/", "tests/unit/test_decode.py", "tests/unit/test_pool.py")
+NEED_RANKS = (
+    "tests/parity/",
+    "tests/unit/test_decode.py",
+    "tests/unit/test_pool.py",
+    "tests/faults/test_other_worlds.py",
+    "tests/faults/test_saves.py",
+    "tests/faults/test_full_disk.py",
+    "tests/faults/test_many_saves.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

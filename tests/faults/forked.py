@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.faults.runs import PATIENCE
 KILLING = Path(__file__).with_name("killing")
 
 
-def be_a_rank(words: list[str], environment: dict[str, str], output: Path) -> None:
+def be_a_rank(words: list[str], environment: dict[str, str], output: Path, before: Callable[[], object] | None) -> None:
     """The process: its output into a file, its exit code that of `distft train`."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -32,6 +33,8 @@ def be_a_rank(words: list[str], environment: dict[str, str], output: Path) -> No
         assert spec is not None
         assert spec.loader is not None
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    if before is not None:
+        before()
     from distft.cli import main
 
     code = main(["train", *words])
@@ -60,8 +63,10 @@ class Ranks:
         return [process.exitcode for process in self.processes], text
 
 
-def start(words: list[str], num_ranks: int, output: Path, **environment: str) -> Ranks:
-    """`words`: the command line after `train.py`."""
+def start(
+    words: list[str], num_ranks: int, output: Path, before: Callable[[], object] | None = None, **environment: str
+) -> Ranks:
+    """`words`: the command line after `train.py`. `before`: what each process calls first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.imported"])
     output.unlink(missing_ok=True)
@@ -70,7 +75,7 @@ def start(words: list[str], num_ranks: int, output: Path, **environment: str) ->
              "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     for rank in range(num_ranks):
         own = {**fixed, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
-        process = context.Process(target=be_a_rank, args=(words, own, output), daemon=True)
+        process = context.Process(target=be_a_rank, args=(words, own, output, before), daemon=True)
         process.start()
         processes.append(process)
     return Ranks(processes, output)
