@@ -1,4 +1,4 @@
-"""Killed inside a save: the next launch takes a complete checkpoint and ends on the same bits as if nothing had been."""
+"""Killed inside a save: the next launch takes a complete checkpoint and ends on the same bits as an unharmed run."""
 
 from __future__ import annotations
 
