@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import __version__, errors
-from distft.errors import Mistakes, SignalStop, Stalled, Stop, UserMistake
+from distft.errors import Mistakes, Stop, UserMistake
+from distft.rank import be_rank, in_process, told
 
 if TYPE_CHECKING:
     from distft.config.load import Composed
-    from distft.config.schema import Run
-    from distft.launch.topology import Place
 
 USAGE = """\
 distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2.
@@ -57,13 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return errors.BUG
-
-
-def told(stop: Stop) -> int:
-    if str(stop):
-        sys.stdout.flush()
-        sys.stderr.write(f"distft: {stop}\n")
-    return stop.exit_code
 
 
 def verb_of(argv: list[str]) -> Callable[[list[str]], int]:
@@ -108,49 +100,12 @@ def train(argv: list[str]) -> int:
         from distft.launch.sweep import run_sweep
 
         return run_sweep(argv, place)
-    return be_rank(argv, place)
+    return be_rank(argv, place, command_of())
 
 
 def shows_only(argv: list[str]) -> bool:
     flags = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
     return any(word.partition("=")[0] in flags for word in argv)
-
-
-def be_rank(argv: list[str], place: Place) -> int:
-    """A worker: agree with the other ranks, then train."""
-    from distft.launch import worker
-    from distft.launch.failure import Failure
-    from distft.verbs.preflight import preflight
-    from distft.verbs.train import work
-
-    worker.be_a_rank(place)
-    code, run_dir = errors.BUG, worker.folder_told(argv)
-    try:
-        run, run_dir, store = worker.prepare(argv, command_of(), place, preflight)
-        code = work(run, run_dir, store)
-    except SignalStop as stop:
-        code = stop.exit_code
-        if place.is_main:
-            told(stop)
-    except Stop as stop:
-        code = stop.exit_code
-        if run_dir is not None:
-            Failure.of(stop, place.rank).write(run_dir)
-        # Rank 0 speaks for all; but that it cannot be reached only the other nodes can tell.
-        if place.is_main or (isinstance(stop, Stalled) and place.local_rank == 0):
-            told(stop)
-        if isinstance(stop, Stalled):  # dropping the frames would wait for the collective that never ends
-            worker.leave_exit_code(place, code)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    except Exception as error:
-        if run_dir is not None:
-            Failure.of(error, place.rank).write(run_dir)
-        raise
-    finally:
-        worker.leave_exit_code(place, code)
-    return code
 
 
 def command_of() -> list[str]:
@@ -205,15 +160,6 @@ def run_snapshot(argv: list[str]) -> int:
     lock.take(run_dir)
     output.keep(run_dir, 0)
     return in_process(run, run_dir, arguments.prepared)
-
-
-def in_process(run: Run, run_dir: Path, prepared: bool = False) -> int:
-    from distft.verbs.preflight import preflight
-    from distft.verbs.train import work
-
-    if not prepared:
-        preflight(run, run_dir)
-    return work(run, run_dir, None)
 
 
 def hand_over(composed: Composed, verb: str) -> None:

@@ -58,7 +58,17 @@ class Stalled(Stop):
 
 
 class SignalStop(Stop):
-    """A signal asked the run to end; a checkpoint was written first."""
+    """A signal asked the run to end; a checkpoint was written first. `by_slurm`: as Slurm asks before it ends a job."""
 
     exit_code = SAVED_AFTER_SIGNAL
     status = "saved_after_signal"
+
+    def __init__(self, message: str, by_slurm: bool = False) -> None:
+        super().__init__(message)
+        self.by_slurm = by_slurm
+
+
+class DeadlineStop(SignalStop):
+    """`launch.deadline` or the end of the Slurm job was near; a checkpoint was written first."""
+
+    status = "saved_before_deadline"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from distft import heartbeat
 from distft.config.schema import Run
-from distft.errors import SignalStop, UserMistake
+from distft.errors import DeadlineStop, SignalStop, UserMistake
 from distft.evaluation.loss import evaluate
 from distft.guard import GoBack, Guard, Spike
+from distft.launch.deadline import Clock
 from distft.launch.stop import STOP_SIGNALS, name_of
 from distft.log import SKIPPED
 from distft.objective.trainee import LossRequest, LossSums
@@ -118,6 +120,7 @@ class Fit:
     stop_requested: Callable[[], list[bool]]  # which of STOP_SIGNALS have arrived at this process
     flops: Callable[[Step], float]  # model FLOPs of one global batch
     peak_flops: float | None  # of all ranks together; None where unknown
+    clock: Clock = field(default_factory=Clock)  # with a deadline on rank 0 alone
     interval: Interval = field(default_factory=Interval, init=False)
     guard: Guard = field(init=False)
     saved_at: int = field(default=-1, init=False)  # step of the last checkpoint
@@ -135,7 +138,7 @@ class Fit:
             UserMistake: a checkpoint could not be written; all ranks raise at the same step, soon after.
         """
         longest = longest_wait(self.config.guard.stall_seconds)
-        agreement = Agreement(self.world, num_flags=1 + len(STOP_SIGNALS), timeout=longest)
+        agreement = Agreement(self.world, num_flags=2 + len(STOP_SIGNALS), timeout=longest)
         with scheduled_collection():
             while True:
                 try:
@@ -176,13 +179,14 @@ class Fit:
                 self.checkpoint()
             if out_of_patience:
                 return "early_stopped"
-            failed, *stop = agreement.ask(self.checkpoints.failed, *self.stop_requested())
+            wishes = (self.deadline_near(), *self.stop_requested())
+            failed, late, *signals = agreement.ask(self.checkpoints.failed, *wishes)
             if failed:
                 self.checkpoints.wait()
-            if any(stop) and state.step < self.num_steps:
+            if (late or any(signals)) and state.step < self.num_steps:
                 self.checkpoint()
                 self.checkpoints.wait(needed=True)
-                raise SignalStop(self.stop_sentence(stop))
+                raise self.stop(signals)
             collect_at(state.step)
 
         return "done"
@@ -215,9 +219,22 @@ class Fit:
         keep = self.guard.compare(nll[:-1].sum(), step.num_supervised)
         return strategy.step(lr_at(self.state.step, self.num_steps, config.optim, config.schedule), keep), nll
 
-    def stop_sentence(self, agreed: Sequence[bool]) -> str:
-        names = " and ".join(name_of(number) for number, came in zip(STOP_SIGNALS, agreed, strict=True) if came)
-        return f"Stopped by {names} after step {self.state.step}; the checkpoint of this step is complete."
+    def deadline_near(self) -> bool:
+        """Whether this rank's clock says that there is no time for another step, and a checkpoint after it."""
+        every, step = self.config.eval.every, self.state.step
+        evaluates = every > 0 and (step + 2) // every > step // every
+        return self.clock.near(evaluates, self.checkpoints.seconds, self.checkpoints.writing)
+
+    def stop(self, signals: Sequence[bool]) -> SignalStop:
+        """What all ranks agreed to stop for: the signals that came, else the deadline."""
+        came = [number for number, agreed in zip(STOP_SIGNALS, signals, strict=True) if agreed]
+        complete = f"after step {self.state.step}; the checkpoint of this step is complete."
+        if came:
+            names = " and ".join(name_of(number) for number in came)
+            return SignalStop(f"Stopped by {names} {complete}", signal.SIGUSR1 in came)
+        deadline = self.clock.deadline
+        why = self.clock.why(self.checkpoints.seconds) if deadline else "rank 0's deadline"
+        return DeadlineStop(f"Stopped for {why} {complete}", deadline is not None and deadline.by_slurm)
 
     def due(self, every: int) -> bool:
         return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
@@ -293,6 +310,7 @@ class Fit:
         state, started = self.state, time.perf_counter()
         record = evaluate(self.strategy, self.evaluation_steps(), self.world, self.eval_source_names)
         self.log.evaluation(state.step, record)
+        self.clock.evaluated(time.perf_counter() - started)
         self.interval.started += time.perf_counter() - started
         key = self.config.checkpoint.best.removeprefix("eval/")
         if key not in record:

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 RESULT = "result.json"
 
 
-def write_result(run_dir: Path, status: str, state: TrainState, final: Path | None, data_hash: str) -> None:
-    """Write `result.json`, at once or not at all. `final`: the folder of the tuned model if there is one."""
+def write_result(
+    run_dir: Path, status: str, state: TrainState, final: Path | None, data_hash: str, reason: str | None = None
+) -> None:
+    """Write `result.json`. `final`: the folder of the tuned model if there is one; `reason`: of an early end."""
     result = {
         "status": status,
+        "reason": reason,
         "steps": state.step,
         "metrics": summary_of(state),
         "final": str(final) if final else None,
@@ -30,6 +33,16 @@ def write_result(run_dir: Path, status: str, state: TrainState, final: Path | No
         "config_hash": state.config_hash,
         "data_hash": data_hash,
     }
+    _write(run_dir, result)
+
+
+def write_failure(run_dir: Path, status: str, reason: str, step: int) -> None:
+    """Write the `result.json` of a run that cannot write its own. `step`: of its newest checkpoint, 0 without one."""
+    _write(run_dir, {"status": status, "reason": reason, "steps": step, "metrics": {}, "final": None})
+
+
+def _write(run_dir: Path, result: dict[str, Any]) -> None:
+    """At once or not at all."""
     staged = run_dir / f"{RESULT}.tmp"
     staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     staged.replace(run_dir / RESULT)

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,7 @@ class WriteBehind:
         self.error: BaseException | None = None
         self.left_out: DiskFull | None = None  # why the last checkpoint is not there, by checkpoint.on_full=skip
         self.compared_one = False
+        self.seconds: float | None = None  # that the last one took to be complete
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -151,7 +153,12 @@ class WriteBehind:
         if needed and self.left_out is not None:
             raise self.left_out
 
+    @property
+    def writing(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
     def _write(self, shards: list[Shard], event: Any, values: dict[str, Any]) -> None:
+        started = time.monotonic()
         try:
             if event is not None:
                 event.synchronize()
@@ -160,6 +167,7 @@ class WriteBehind:
             if not self.compared_one:
                 verify_saved(folder, shards, self.ranks)
                 self.compared_one = True
+            self.seconds = time.monotonic() - started
         except DiskFull as full:
             self._without_room(full)
         except BaseException as error:  # raised again where training waits for it

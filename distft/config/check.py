@@ -15,6 +15,7 @@ from typing import Any
 
 from distft.config.data_rules import data, files, looks_local, sources
 from distft.config.given import all_knobs, ignored, is_default, value_of
+from distft.config.launch_rules import launching
 from distft.config.ranges import RANGES
 from distft.config.resuming import HASHED
 from distft.config.schema import Run, Source
@@ -42,6 +43,7 @@ def check(run: Run) -> list[str]:
         guard,
         tracking,
         resuming,
+        launching,
     )
     return [problem for rule in rules for problem in rule(run)]
 

@@ -60,6 +60,10 @@ def connect(place: Place, seconds: float) -> Store:
         )
     except DistError as error:
         reason = str(error).splitlines()[0]
+        if serves and "EADDRINUSE" in reason:
+            raise PortTaken(
+                f"Rank 0 on {place.host} cannot serve the store: port {port} is taken. Set MASTER_PORT to a free one."
+            ) from None
         raise Stalled(
             f"Rank {place.rank} on {place.host} cannot {'serve' if serves else 'reach'} the store at {address}:{port} "
             f"({reason}). launch.start_timeout={seconds:g} s is how long it tries; a port in use or a firewall may be "
@@ -77,6 +81,10 @@ def report(place: Place, problem: str) -> None:
         store.set(f"config/{place.rank}", json.dumps({"host": place.host, "problem": problem}))
     except (DistError, RuntimeError, Stop):
         return
+
+
+class PortTaken(Stalled):
+    """Another process listens on the port that this start was to use."""
 
 
 class Agreement:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from distft import errors
 from distft.config.check import check, settle, with_absolute_paths
 from distft.config.schema import Run
 from distft.errors import Mistakes
-from distft.launch import output
+from distft.launch import deadline, output
 from distft.launch.folder import make_folder, place_run
+from distft.launch.restart import keep_running, newest_checkpoint
 from distft.launch.stall import watching
 from distft.launch.start import verb_command, worker_commands
 from distft.launch.stop import STOP_SIGNALS, Signals
 from distft.launch.topology import num_ranks
-from distft.launch.watch import run_direct, run_launcher
+from distft.launch.watch import Ending, run_direct, run_launcher
 from distft.parent import PARENT
+from distft.result import write_failure
 
 JOBS = "jobs.jsonl"  # in a sweep's folder: a line for each job that ended
 
@@ -37,8 +40,8 @@ def start_run(
 ) -> int:
     """One run from its checked configuration to its exit code.
 
-    `in_process`: preflight and training in this process, taken where one rank is all there is; a sweep's jobs have
-    processes of their own. `sweep_folder`: the folder that a sweep gives this job.
+    `in_process`: preflight and training in this process, taken where one rank is all there is; a sweep's jobs and what
+    may be started again have processes of their own. `sweep_folder`: the folder that a sweep gives this job.
 
     Raises:
         Stop: before anything was started, or from `in_process`.
@@ -46,12 +49,14 @@ def start_run(
     problems = check(run)
     if problems:
         raise Mistakes(problems)
+    deadline.settle(run, time.time(), {})  # refuses one that is over
     if sweep_folder is not None:
         run = in_sweep(run, sweep_folder)
     known, run = place_run(with_absolute_paths(run))
     size = num_ranks(run.launch.ranks)
     run_dir = make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
-    alone = size == 1 and run.launch.engine == "direct" and sweep_folder is None
+    in_children = run.launch.engine != "direct" or sweep_folder is not None or run.launch.max_restarts > 0
+    alone = size == 1 and not in_children
     snapshot = run_dir / "config.yaml"
     resume = run.resume if run.resume not in ("auto", "never") else None
     if run.launch.dry_run:
@@ -66,21 +71,34 @@ def start_run(
 
 
 def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
-    """All ranks on this machine."""
+    """All ranks on this machine, started again as often as `launch.max_restarts` says."""
     signals = Signals()
     snapshot = run_dir / "config.yaml"
+    until = deadline.settle(run, time.time())
+    told = {deadline.VARIABLE: until.text() if until else "none"}
+
+    def attempt(size: int, resume: str | None) -> Ending:
+        commands = worker_commands(run.launch.engine, size, snapshot, resume)
+        with watching(run, run_dir, size) as (look, environment):
+            commands = [command.also(told | environment) for command in commands]
+            if run.launch.engine == "direct":
+                return run_direct(commands, run_dir, signals, look)
+            with tempfile.TemporaryDirectory(prefix="distft-") as status:
+                return run_launcher(commands[0], run_dir, signals, Path(status), look)
+
     with signals.caught():
         code = preflight_in_child(snapshot, signals)
         if code or signals.received:
             return code or errors.SAVED_AFTER_SIGNAL
-        size = num_ranks(run.launch.ranks)
-        commands = worker_commands(run.launch.engine, size, snapshot, resume)
-        with watching(run, run_dir, size) as (look, environment):
-            commands = [dataclasses.replace(one, environment=one.environment | environment) for one in commands]
-            if run.launch.engine == "direct":
-                return run_direct(commands, run_dir, signals, look).code
-            with tempfile.TemporaryDirectory(prefix="distft-") as status:
-                return run_launcher(commands[0], run_dir, signals, Path(status), look).code
+        size, at = num_ranks(run.launch.ranks), until.at if until else None
+        ended = keep_running(run, run_dir, size, resume, attempt, signals, at)
+    if ended.code in UNTOLD:
+        write_failure(run_dir, UNTOLD[ended.code], ended.sentence, newest_checkpoint(run_dir))
+    return ended.code
+
+
+# Ends that no rank can tell for sure, with their status in result.json.
+UNTOLD = {errors.BUG: "failed", errors.STALLED: "stalled", errors.ENDED_AT_ONCE: "ended_at_once"}
 
 
 TARGETS = {"local": start_local}  # by launch.target

@@ -119,6 +119,8 @@ def is_about_a_peer(error: BaseException) -> bool:
     What was raised at first counts: an engine may wrap it, and cleaning up after it may fail in other words.
     """
     *_, first = chain(error)
+    if type(first).__name__ == "PortTaken":
+        return False
     if isinstance(first, Stop) and not isinstance(first, Stalled):
         return type(first).__name__ in PEER_IS_GONE_TYPES
     if isinstance(first, ConnectionError | TimeoutError | Stalled) or type(first).__name__ in PEER_IS_GONE_TYPES:

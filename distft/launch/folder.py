@@ -55,7 +55,7 @@ def place_run(run: Run) -> tuple[Path | None, Run]:
         if run.run.dir is None:
             return run_folder_of(source), run
     if run.run.dir is None:
-        return None, run
+        return requeued_folder(run), run
     folder = Path(run.run.dir).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UserMistake(f"run.dir={run.run.dir} is a file. Name a folder.")
@@ -68,6 +68,15 @@ def place_run(run: Run) -> tuple[Path | None, Run]:
                 "go on with it: resume=auto."
             )
     return folder, run
+
+
+def requeued_folder(run: Run) -> Path | None:
+    """The folder that this Slurm job had before it was requeued (its id is part of the name); None elsewhere."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or run.resume != "auto":
+        return None
+    folders = Path("runs").absolute().glob(f"{run.run.name or run.data.name}-????????-??????-{job}")
+    return max((folder for folder in folders if (folder / "config.yaml").is_file()), default=None)
 
 
 def make_folder(run: Run, command: Sequence[str], folder: Path | None, job_id: str | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -23,6 +24,9 @@ class Command:
 
     argv: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+
+    def also(self, environment: dict[str, str]) -> Command:
+        return dataclasses.replace(self, environment={**self.environment, **environment})
 
     def __str__(self) -> str:
         """In the form that a shell takes."""

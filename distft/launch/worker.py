@@ -7,16 +7,18 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft.config.check import check, settle, with_absolute_paths
+from distft.config.launch_rules import launched_by_hand
 from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
 from distft.errors import Mistakes, Stop, UserMistake
-from distft.launch import agree, folder, lock, output
+from distft.launch import agree, deadline, folder, lock, output
 from distft.launch.start import STATUS_FOLDER
 from distft.launch.topology import Place, slurm_environment
 from distft.parent import follow_controller
@@ -82,8 +84,12 @@ def read_run(arguments: Arguments) -> Run:
     else:
         run = compose(arguments.overrides).run
     problems = check(run)
+    if arguments.snapshot is None:
+        problems += launched_by_hand(run)
     if problems:
         raise Mistakes(problems)
+    if arguments.snapshot is None:
+        deadline.settle(run, time.time(), {})  # refuses one that is over
     if arguments.resume:
         run = dataclasses.replace(run, resume=arguments.resume)
     return with_absolute_paths(run)
@@ -106,11 +112,9 @@ def be_a_rank(place: Place) -> None:
 
 
 def folder_told(argv: Sequence[str]) -> Path | None:
-    """The run folder that a controller names on a rank's command line."""
-    for word in argv:
-        if word.startswith("--snapshot="):
-            return Path(word.removeprefix("--snapshot=")).absolute().parent
-    return None
+    """The run folder that a controller names on its ranks' command line; None where there is no controller."""
+    told = [word.removeprefix("--snapshot=") for word in argv if word.startswith("--snapshot=")]
+    return Path(told[0]).absolute().parent if told and "--prepared" in argv else None
 
 
 def leave_exit_code(place: Place, code: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distft import errors, heartbeat
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, Stalled, Stop, UserMistake
+from distft.launch.deadline import Clock
 from distft.launch.stop import StopFlag
 from distft.prepared import Prepared
 from distft.result import summary_of, tell_the_end, write_result
@@ -225,6 +226,7 @@ class Job:
             state=state,
             checkpoints=checkpoints,
             stop_requested=stop_requested,
+            clock=Clock.of(self.run, self.world.is_main, self.num_trained / self.world.size),
             flops=self.cost.of_step,
             peak_flops=peak * self.world.size if peak else None,
         )
@@ -235,7 +237,7 @@ class Job:
         except Stop as stop:
             heartbeat.mark("closing")
             if self.world.is_main:
-                write_result(self.run_dir, stop.status, state, None, self.data.hash)
+                write_result(self.run_dir, stop.status, state, None, self.data.hash, str(stop))
             log.finish(stop.status, summary_of(state))
             raise
         heartbeat.mark("closing")

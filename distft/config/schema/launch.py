@@ -17,6 +17,23 @@ class Launch:
     engine: str = choice("direct", "deepspeed", "torchrun")
     """Who starts the workers. direct: distft itself, which keeps exit codes and forwards signals."""
 
+    max_restarts: int = 0
+    """How often the ranks are started again, from the last sound checkpoint, after a crash or a stall."""
+
+    min_ranks: int | None = None
+    """How few ranks may go on where not all can be started again; default: all are needed."""
+
+    restart_seconds: float = 1.0
+    """Wait before the first restart; each further one waits twice as long, up to a minute."""
+
+    deadline: Any = "auto"
+    """When all ranks save and end: seconds or [days-]HH:MM:SS from the start, or a time such as 2030-01-31T18:00;
+    Slurm's end of the job where that is earlier. auto: Slurm's alone; none: neither."""
+
+    requeue: Any = choice("auto", True, False)  # noqa: RUF009
+    """Whether a Slurm job goes back into the queue once its run was stopped and saved. auto: where Slurm asked for it
+    (SIGUSR1, its end of the job); true: also after SIGTERM and launch.deadline, which may be a person's wish."""
+
     dry_run: bool = False
     """Print the exact commands and stop."""
 

@@ -1,0 +1,45 @@
+"""The rules of how a run is started, ended and started again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distft.config.given import ignored
+from distft.config.schema import Run
+from distft.config.times import moment_of
+
+
+def launching(run: Run) -> Iterator[str]:
+    launch = run.launch
+    if launch.max_restarts == 0:
+        why = "with launch.max_restarts=0: a crash ends the run"
+        yield from ignored(run, ["launch.min_ranks", "launch.restart_seconds"], why)
+    elif launch.engine != "direct":
+        yield (
+            f"launch.max_restarts={launch.max_restarts} needs launch.engine=direct: behind {launch.engine} distft "
+            "cannot see which rank failed first. Drop launch.engine, or leave launch.max_restarts at 0."
+        )
+    if isinstance(launch.ranks, int) and isinstance(launch.min_ranks, int) and launch.min_ranks > launch.ranks:
+        yield (
+            f"launch.min_ranks={launch.min_ranks} is more than launch.ranks={launch.ranks}, which the run starts with. "
+            "Lower launch.min_ranks."
+        )
+    if launch.deadline not in ("auto", "none"):
+        try:
+            fits = moment_of(launch.deadline, 0.0) > 0
+        except ValueError:
+            fits = False
+        if not fits:
+            yield (
+                f"launch.deadline={launch.deadline}: seconds, [days-]HH:MM:SS, a time such as 2030-01-31T18:00, auto "
+                "(Slurm's end of the job) or none is wanted."
+            )
+
+
+def launched_by_hand(run: Run) -> Iterator[str]:
+    """What has no effect where ranks were started by another than distft."""
+    if run.launch.max_restarts:
+        yield (
+            f"launch.max_restarts={run.launch.max_restarts} has no effect under a launcher of ranks, which ends when "
+            "one of them does. Start with python train.py … launch.ranks=N, or leave it at 0."
+        )
