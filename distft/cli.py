@@ -31,7 +31,7 @@ distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2
   distft preflight <config.yaml>         check a run's snapshot without a GPU
 
 distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistake, 3 a check said no,
-4 stopped by a guard, 5 stalled, 143 saved after a signal.
+4 stopped by a guard, 5 stalled, 137 ended at once, 143 saved after a signal.
 """
 
 typed = list(sys.argv)  # before Hydra is given another
