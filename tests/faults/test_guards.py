@@ -252,7 +252,7 @@ def without(world: World, folder: Path, skipped: tuple[int, ...]) -> tuple[list[
     fit = Fit(
         config=run, world=world, strategy=job.strategy, plan=job.plan, evaluation_steps=None, steps=missing,
         num_steps=job.num_steps, source_names=["rows"], eval_source_names=[], log=missing, state=TrainState(),
-        checkpoints=missing, stop_requested=lambda: [], flops=lambda step: 0.0, peak_flops=None,
+        checkpoints=missing, stop_requested=list, flops=lambda step: 0.0, peak_flops=None,
     )  # fmt: skip
     losses = []
     for index in range(job.num_steps):

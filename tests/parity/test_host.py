@@ -74,7 +74,7 @@ def fit_of(strategy: Strategy, world: World, case: Case) -> Fit:
     return Fit(
         config=run, world=world, strategy=strategy, plan=missing, evaluation_steps=None, steps=missing, num_steps=100,
         source_names=["a", "b"], eval_source_names=[], log=missing, state=missing, checkpoints=missing,
-        stop_requested=lambda: [], flops=lambda step: 0.0, peak_flops=None,
+        stop_requested=list, flops=lambda step: 0.0, peak_flops=None,
     )  # fmt: skip
 
 
