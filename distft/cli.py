@@ -28,6 +28,7 @@ distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2
   distft data show [key=value …]         rows as the model sees them (show.rows=3)
   distft generate <folder> [key=value …] answer a prompt with a trained model
   distft verify <folder> [key=value …]   tell whether a checkpoint, model or adapter is what was saved
+  distft check run=<run folder>          prove what distft promises on a run's own model and data; or [key=value …]
   distft preflight <config.yaml>         check a run's snapshot without a GPU
 
 distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistake, 3 a check said no,
@@ -236,29 +237,12 @@ def preflight(argv: list[str]) -> int:
 
 def data(argv: list[str]) -> int:
     """`distft data prepare|show`."""
-    import re
-
     from distft.config.check import check, settle
     from distft.config.load import compose
-    from distft.config.words import nearest
+    from distft.verbs.data import main as verb
+    from distft.verbs.data import words_of
 
-    subs = ("prepare", "show")
-    sub = next((word for word in argv if not word.startswith("-") and "=" not in word), None)
-    if sub not in subs:
-        near = nearest(sub, subs) if sub else None
-        raise UserMistake(
-            f"distft data {sub or ''}: prepare or show is wanted." + (f" Did you mean {near}?" if near else "")
-        )
-    rows, rest = 3, []
-    for word in argv:
-        found = re.fullmatch(r"\+*show\.rows=(.*)", word)
-        if found is None:
-            rest.append(word)
-        elif sub != "show" or not found.group(1).isdigit() or int(found.group(1)) < 1:
-            raise UserMistake(f"{word}: a whole number from 1 is wanted, with `distft data show` alone.")
-        else:
-            rows = int(found.group(1))
-    rest.remove(sub)
+    sub, rows, rest = words_of(argv)
     composed = compose(rest)
     if composed.line.shows_only:
         hand_over(composed, "train")
@@ -266,9 +250,6 @@ def data(argv: list[str]) -> int:
     problems = check(composed.run)
     if problems:
         raise Mistakes(problems)
-
-    from distft.verbs.data import main as verb
-
     return verb(settle(composed.run), sub, rows)
 
 
@@ -286,6 +267,21 @@ def of_folder(name: str, kinds: str, argv: list[str]) -> int:
     return int(importlib.import_module(f"distft.verbs.{name}").main(composed.run, folders[0]))
 
 
+def check(argv: list[str]) -> int:
+    """`distft check run=<run folder> [key=value …]` or `distft check [key=value …]`."""
+    from distft.config.load import compose
+    from distft.verbs.check import main as verb
+    from distft.verbs.check import overrides_of
+    from distft.verbs.preflight import preflight
+
+    source, words = overrides_of(argv)
+    composed = compose(words, verb="check")
+    if composed.line.shows_only:
+        hand_over(composed, "check")
+        return errors.DONE
+    return verb(composed, source, preflight)
+
+
 def literal(word: str) -> str:
     """A question as it was typed: its commas and quotes mean nothing to Hydra's grammar."""
     from distft.launch.start import quoted
@@ -301,5 +297,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "generate": partial(of_folder, "generate", "the final/ of a run, or any model's folder"),
     "verify": partial(of_folder, "verify", "a run's, a checkpoint, a model or an adapter"),
+    "check": check,
     "preflight": preflight,
 }

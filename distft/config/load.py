@@ -46,6 +46,7 @@ SCHEMAS = {
     "train": "distft.config.schema:Run",
     "generate": "distft.config.schema.generate:Generate",
     "verify": "distft.config.schema.verify:Verify",
+    "check": "distft.config.schema.check:CheckedRun",
 }
 SNAPSHOT = "snapshot"  # name in Hydra's config store of a snapshot whose groups are chosen anew
 

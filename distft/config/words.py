@@ -40,10 +40,12 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def docs_of(section: type) -> dict[str, str]:
-    """The text beneath each field of a dataclass, on one line."""
+    """The text beneath each field of a dataclass and of those it extends, on one line."""
+    docs: dict[str, str] = {}
+    for base in section.__bases__:
+        docs |= docs_of(base) if is_section(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
     for statement, after in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

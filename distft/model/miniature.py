@@ -26,16 +26,19 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "
 _WIDE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
-def miniature(config: Any, trust_remote_code: bool = False, num_experts: int = 1) -> nn.Module | None:
+def miniature(
+    config: Any, trust_remote_code: bool = False, num_experts: int = 1, keep_words: bool = False
+) -> nn.Module | None:
     """A copy of two layers, or one layer of each kind, on the CPU in fp32, in evaluation mode.
 
     `config`: a transformers configuration of a causal language model. `num_experts`: experts of each kind in a mixture,
-    half of which a token visits; with one, the shape of no matrix product depends on what the tokens are. Returns None
-    where no copy can be made that is small enough. The global random state is left as it was. The same copy is given
-    out again for the same configuration, so callers put back what they change.
+    half of which a token visits; with one, the shape of no matrix product depends on what the tokens are. `keep_words`:
+    leave the vocabulary whole, for ids of the model's own tokenizer. Returns None where no copy can be made that is
+    small enough. The global random state is left as it was. The same copy is given out again for the same
+    configuration, so callers put back what they change.
     """
     key = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else str(config)
-    return _build(_Keyed(key, config), trust_remote_code, num_experts)
+    return _build(_Keyed(key, config), trust_remote_code, num_experts, keep_words)
 
 
 class _Keyed:
@@ -52,17 +55,17 @@ class _Keyed:
 
 
 @functools.lru_cache(maxsize=4)
-def _build(keyed: _Keyed, trust_remote_code: bool, num_experts: int) -> nn.Module | None:
+def _build(keyed: _Keyed, trust_remote_code: bool, num_experts: int, keep_words: bool) -> nn.Module | None:
     from transformers import AutoModelForCausalLM
 
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
     # Some routers cannot choose among one expert, and some sizes only fit together as they are.
     for narrow, experts in ((True, num_experts), (True, 2), (False, num_experts)):
         try:
-            small = shrink(keyed.config, narrow, experts)
+            small = shrink(keyed.config, narrow, experts, keep_words)
             with torch.device("meta"):
-                weights = AutoModelForCausalLM.from_config(copy.deepcopy(small), **options).parameters()
-            if sum(weight.numel() for weight in weights) > LARGEST:
+                empty = AutoModelForCausalLM.from_config(copy.deepcopy(small), **options)
+            if num_parameters(empty, without_words=keep_words) > LARGEST:
                 continue
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -77,6 +80,13 @@ def _build(keyed: _Keyed, trust_remote_code: bool, num_experts: int) -> nn.Modul
     return None
 
 
+def num_parameters(model: Any, without_words: bool) -> int:
+    """Parameters of a model; `without_words`: without those of its embeddings and its head."""
+    words = [model.get_input_embeddings(), model.get_output_embeddings()] if without_words else []
+    left_out = {id(parameter) for module in words if module is not None for parameter in module.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in left_out)
+
+
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
     """Weights large enough that attention is far from uniform and logits reach their softcap; ties stay."""
@@ -89,8 +99,9 @@ def randomise(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def shrink(config: Any, narrow: bool = True, num_experts: int = 1) -> Any:
-    """A copy of `config` with fewer layers, words and experts, and short windows; `narrow`: fewer heads as well."""
+def shrink(config: Any, narrow: bool = True, num_experts: int = 1, keep_words: bool = False) -> Any:
+    """A copy of `config` with fewer layers, words and experts, and short windows; `narrow`: fewer heads as well;
+    `keep_words`: all words."""
     at_most = (
         dict.fromkeys(_EXPERTS, num_experts)
         | dict.fromkeys(_CHOSEN, max(1, num_experts // 2))
@@ -101,7 +112,8 @@ def shrink(config: Any, narrow: bool = True, num_experts: int = 1) -> Any:
     config.use_cache = False
     for part in _parts(config):
         _shorten(part)
-        _cut_words(part)
+        if not keep_words:
+            _cut_words(part)
         for name, value in list(vars(part).items()):
             if name.endswith(_WIDE) and isinstance(value, int) and value > VOCABULARY:
                 setattr(part, name, VOCABULARY)

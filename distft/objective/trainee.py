@@ -33,6 +33,7 @@ class LogitsRequest:
     position_ids: Tensor  # [rows, length]
     attention_mask: Tensor | None  # [rows, length] bool; None: every position is real
     positions: Tensor  # [n] flat index, row * length + column
+    packed: Batch | None = None  # a packed micro-batch with these ids: its documents do not see each other
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,17 @@ class Trainee(nn.Module):
         """Sums of the loss, or for a LogitsRequest fp32 logits [n, vocabulary]."""
         if isinstance(request, LogitsRequest):
             asked = self.ask(request.positions, request.input_ids, None)
-            mask = request.attention_mask
-            answer = self.model(**self.inputs(request.input_ids, request.position_ids, mask), request=asked)
+            inputs = self.inputs(request.input_ids, request.position_ids, request.attention_mask)
+            if request.packed is not None:
+                inputs |= self.boundaries(request.packed)
+            answer = self.model(**inputs, request=asked)
             logits: Tensor = answer.result
             return logits
         return self.loss(request)
 
     def loss(self, request: LossRequest) -> LossSums:
         batch = request.batch
-        inputs = self.inputs(batch.input_ids, batch.position_ids, batch.attention_mask)
-        if batch.cu_seqlens is not None and len(batch.lengths) != 1:  # one document fills its row
-            inputs |= packed_arguments(
-                self.config, batch.position_ids, batch.cu_seqlens, batch.max_length, batch.lengths, self.dtype
-            )
+        inputs = self.inputs(batch.input_ids, batch.position_ids, batch.attention_mask) | self.boundaries(batch)
         asked = self.ask(batch.positions, batch.input_ids, batch.targets, by_position=request.num_sources > 1)
         answer = self.model(**inputs, request=asked)
         total, nll = answer.result
@@ -112,6 +111,14 @@ class Trainee(nn.Module):
     ) -> Request:
         num_rows, length = input_ids.shape
         return Request(positions, length, num_rows, targets, self.vocab_chunk, self.head_way, by_position)
+
+    def boundaries(self, batch: Batch) -> dict[str, Any]:
+        """Arguments that keep the documents of a packed row apart; none where one document fills its row."""
+        if batch.cu_seqlens is None or len(batch.lengths) == 1:
+            return {}
+        return packed_arguments(
+            self.config, batch.position_ids, batch.cu_seqlens, batch.max_length, batch.lengths, self.dtype
+        )
 
     def inputs(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of the model's forward; those it does not know (a Mamba has no positions) are left out."""

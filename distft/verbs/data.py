@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from distft import errors
 from distft.config.schema import Run
+from distft.config.words import nearest
+from distft.errors import UserMistake
+
+SUBS = ("prepare", "show")
+
+
+def words_of(argv: Sequence[str]) -> tuple[str, int, list[str]]:
+    """What is wanted (prepare or show), `show.rows`, and the words of the run.
+
+    Raises:
+        UserMistake: neither is wanted, or `show.rows` is no number or stands beside prepare.
+    """
+    sub = next((word for word in argv if not word.startswith("-") and "=" not in word), None)
+    if sub not in SUBS:
+        near = nearest(sub, SUBS) if sub else None
+        raise UserMistake(
+            f"distft data {sub or ''}: prepare or show is wanted." + (f" Did you mean {near}?" if near else "")
+        )
+    rows, rest = 3, []
+    for word in argv:
+        found = re.fullmatch(r"\+*show\.rows=(.*)", word)
+        if found is None:
+            rest.append(word)
+        elif sub != "show" or not found.group(1).isdigit() or int(found.group(1)) < 1:
+            raise UserMistake(f"{word}: a whole number from 1 is wanted, with `distft data show` alone.")
+        else:
+            rows = int(found.group(1))
+    rest.remove(sub)
+    return sub, rows, rest
 
 
 def main(run: Run, sub: str, rows: int) -> int:
@@ -20,6 +49,8 @@ def main(run: Run, sub: str, rows: int) -> int:
     Raises:
         UserMistake: with the knob and the cure.
     """
+    from rich.console import Console
+
     from distft.cache import cache_folder
     from distft.data.encode import prepare
     from distft.data.see import report, show_rows

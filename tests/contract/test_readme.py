@@ -44,8 +44,10 @@ def problem_of(words: list[str]) -> str | None:
         return dry.stderr if dry.returncode else None
     if words[0] == "distft":
         verb, *rest = words[1:]
-        if verb not in ("train", "generate", "data"):
+        if verb not in ("train", "generate", "data", "check"):
             return f"unknown verb {verb}"
+        if verb == "check":
+            return refusal([word for word in rest if not word.startswith("run=")], "check")
         if verb == "generate":
             return refusal(rest[1:], "generate")
         rest = [word for word in rest if not word.startswith("show.")]

@@ -1,0 +1,97 @@
+"""Breaks one thing in a process: Python imports this file at its start where the folder stands on PYTHONPATH.
+
+$BROKEN names what is broken, by the names of `BREAKS`, with commas between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+
+def naive_packing(trainee: ModuleType) -> None:
+    """Documents share a row and nothing says where they begin."""
+    trainee.Trainee.boundaries = lambda self, batch: {}  # type: ignore[attr-defined]
+
+
+def mean_of_means(loop: ModuleType) -> None:
+    """Every micro-batch counts alike, whatever number of supervised tokens it has."""
+    original = loop.Fit.step
+
+    def step(self: Any, step: Any) -> Any:
+        parts = len(step.micro_batches) * self.world.data_size
+        forward = self.strategy.forward
+
+        def scaled(request: Any) -> Any:
+            return forward(dataclasses.replace(request, scale=1 / max(1, request.batch.num_supervised) / parts))
+
+        self.strategy.forward = scaled
+        try:
+            return original(self, step)
+        finally:
+            del self.strategy.forward
+
+    loop.Fit.step = step  # type: ignore[attr-defined]
+
+
+def lost_random_state(loop: ModuleType) -> None:
+    """Random numbers depend on how many were drawn before, and nobody saves that."""
+    loop.seed_everything = lambda seed: None  # type: ignore[attr-defined]
+
+
+def zeroed_adapter(final: ModuleType) -> None:
+    """What is written of the adapters does nothing."""
+    original = final.write_sharded
+
+    def write_sharded(folder: Any, tensors: Any, *args: Any, **words: Any) -> Any:
+        def zeroed() -> Iterator[tuple[str, Any]]:
+            for name, tensor in tensors:
+                yield name, tensor * 0 if "lora_B" in name else tensor
+
+        return original(folder, zeroed(), *args, **words)
+
+    final.write_sharded = write_sharded  # type: ignore[attr-defined]
+
+
+BREAKS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
+    "naive packing": ("distft.objective.trainee", naive_packing),
+    "mean of means": ("distft.loop", mean_of_means),
+    "lost random state": ("distft.loop", lost_random_state),
+    "zeroed adapter": ("distft.model.final", zeroed_adapter),
+}
+
+
+class Breaker(importlib.abc.MetaPathFinder):
+    """Breaks modules as they are imported."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.breaks = [BREAKS[name] for name in names]
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        breaks = [harm for module, harm in self.breaks if module == name]
+        if not breaks:
+            return None
+        self.breaks = [pair for pair in self.breaks if pair[0] != name]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            for harm in breaks:
+                harm(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if os.environ.get("BROKEN"):
+    sys.meta_path.insert(0, Breaker(os.environ["BROKEN"].split(",")))
