@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class WriteBehind:
         self.left_out: DiskFull | None = None  # why the last checkpoint is not there, by checkpoint.on_full=skip
         self.compared_one = False
         self.seconds: float | None = None  # that the last one took to be complete
+        self.buffers: list[Tensor] = []  # the copies' memory, kept: fresh memory takes longer to come by than to fill
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -94,7 +96,7 @@ class WriteBehind:
         shards, event = owned(self.strategy), None
         behind = self.run.checkpoint.background
         if behind == "auto":
-            behind = fits_beside(shards)
+            behind = bool(self.buffers) or fits_beside(shards)
         if behind:
             shards, event = self.copied(shards)
         values = dataclasses.asdict(state)
@@ -121,7 +123,8 @@ class WriteBehind:
 
     def copied(self, shards: Sequence[Shard]) -> tuple[list[Shard], Any]:
         """A copy in host memory and the event behind it; the first one is compared with what it was taken from."""
-        copies, event = snapshot(shards)
+        copies, event = snapshot(shards, self.buffers)
+        self.buffers = [copy.tensor for copy in copies]
         if not self.compared_one:
             if event is not None:
                 event.synchronize()
@@ -186,21 +189,24 @@ class WriteBehind:
 
 
 @torch.no_grad()
-def snapshot(shards: Sequence[Shard]) -> tuple[list[Shard], Any]:
+def snapshot(shards: Sequence[Shard], buffers: Sequence[Tensor] = ()) -> tuple[list[Shard], Any]:
     """Copies in host memory: of one rank's ranges, 12 bytes a parameter under AdamW, divided by the ranks.
 
-    From a GPU into pinned memory without waiting. Returns the copies, and the event after which they may be read.
+    `buffers`: the copies of an earlier call, which are overwritten. From a GPU into pinned memory without waiting.
+    Returns the copies, and the event after which they may be read.
     """
     copies, event = [], None
-    for shard in shards:
-        copies.append(dataclasses.replace(shard, tensor=to_host(shard.tensor.detach())))
+    for shard, buffer in zip_longest(shards, buffers):
+        copies.append(dataclasses.replace(shard, tensor=to_host(shard.tensor.detach(), buffer)))
     if any(shard.tensor.is_cuda for shard in shards):
         event = torch.cuda.Event()
         event.record()
     return copies, event
 
 
-def to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
+    if buffer is not None:
+        return buffer.copy_(tensor, non_blocking=True)
     if not tensor.is_cuda:
         return tensor.clone()
     try:

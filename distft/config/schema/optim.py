@@ -94,7 +94,8 @@ class Checkpoint:
 
     background: Any = choice("auto", True, False)  # noqa: RUF009 (a field, seen through `Any`)
     """Write behind training, from a copy in host memory (12 bytes a trained parameter under AdamW, divided by the
-    ranks). auto: where the copies take at most half of the host memory left, else training waits for the disk."""
+    ranks; kept between checkpoints). auto: where the copies take at most half of the host memory left, else training
+    waits for the disk."""
 
     on_full: str = choice("stop", "skip")
     """Where a checkpoint does not fit on the disk. stop: end the run, with the cure. skip: say so, go on without it and
@@ -132,5 +133,3 @@ class Guard:
     """Seconds in which every rank has to move: through a micro-batch, to its next batch of data, past a tensor of a
     checkpoint. A rank that does not is named, and the run ends with code 5. Until the first step is done, and while
     the tracker closes, `launch.start_timeout` holds where it is longer."""
-
-
