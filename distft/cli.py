@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import __version__, errors
+from distft.deferred import defer
 from distft.errors import Mistakes, Stop, UserMistake
 from distft.rank import be_rank, in_process, told
 
@@ -43,6 +44,7 @@ ended_with = errors.DONE  # of the last job that Hydra ran in this process
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit code; a deliberate end prints its message alone."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    defer()
     gc.set_threshold(50_000)  # what imports make lives on: looking it over again and again is a tenth of the start
     try:
         return verb_of(argv)(argv)

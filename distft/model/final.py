@@ -76,8 +76,7 @@ def write_model(staging: Path, base: Path, run: Run, tensors: NamedTensors) -> d
     if run.model.trust_remote_code:
         for code in base.glob("*.py"):
             shutil.copyfile(code, staging / code.name)
-    with torch.device("meta"):
-        model = build(base, run)
+    model = build(base, run)
     stored = open_weights(base, model)
     return write_sharded(staging, stored_names(model, completed(stored, tensors)))
 
@@ -137,8 +136,7 @@ def write_adapter(staging: Path, base: Path, run: Run, tensors: NamedTensors) ->
     """Adapters are small: they are collected, then named by PEFT itself."""
     from peft import get_peft_model_state_dict
 
-    with torch.device("meta"):
-        model = build(base, run)
+    model = build(base, run)
     wrapped = wrap(model, run.tuning)
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
     if missing := [n for n, parameter in wrapped.named_parameters() if parameter.requires_grad and n not in state]:

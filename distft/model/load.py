@@ -29,19 +29,18 @@ __all__ = [
 
 
 def build(path: Path, run: Run, attention: str | None = None) -> nn.Module:
-    """The architecture without weights, under the caller's context (`with strategy.born():`, usually meta).
+    """The architecture without weights: every parameter and buffer on meta.
 
     Every floating parameter is fp32 until an engine gives it another type. `attention`: the implementation's name as
     transformers knows it (None: its own choice). Forward passes keep no cache; a final folder gets the base's own
     configuration.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     config = read_config(path, run.model.trust_remote_code)
     config.use_cache = False
     try:
-        with no_init_weights():
+        with parameters_on_meta():  # computing a buffer on meta would import sympy, two seconds
             model: Any = AutoModelForCausalLM.from_config(
                 config,
                 attn_implementation=attention,
@@ -50,6 +49,8 @@ def build(path: Path, run: Run, attention: str | None = None) -> nn.Module:
             )
     except ValueError as error:
         raise UserMistake(f"model.path={path}: {complaint(error, run.model.trust_remote_code)}") from None
+    for module in model.modules():
+        module._buffers.update({key: value.to("meta") for key, value in module._buffers.items() if value is not None})
     restore_ties(model)
     model.name_or_path = str(path)
     return model

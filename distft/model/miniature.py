@@ -58,12 +58,14 @@ class _Keyed:
 def _build(keyed: _Keyed, trust_remote_code: bool, num_experts: int, keep_words: bool) -> nn.Module | None:
     from transformers import AutoModelForCausalLM
 
+    from distft.model.load import parameters_on_meta
+
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
     # Some routers cannot choose among one expert, and some sizes only fit together as they are.
     for narrow, experts in ((True, num_experts), (True, 2), (False, num_experts)):
         try:
             small = shrink(keyed.config, narrow, experts, keep_words)
-            with torch.device("meta"):
+            with parameters_on_meta():
                 empty = AutoModelForCausalLM.from_config(copy.deepcopy(small), **options)
             if num_parameters(empty, without_words=keep_words) > LARGEST:
                 continue

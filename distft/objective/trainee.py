@@ -14,6 +14,8 @@ from distft.model.head import Request, attach, check_head
 from distft.model.loss import tail_of
 from distft.model.varlen import packed_arguments
 
+CPU_LOGITS, LEAST_CHUNK = 1 << 22, 64  # on a CPU: logits that exist at a time (16 MiB), and positions at least
+
 
 @dataclass(frozen=True)
 class LossRequest:
@@ -61,7 +63,8 @@ class Trainee(nn.Module):
     notes: tuple[str, ...]  # what the user should know about the way this model's loss is computed
 
     def __init__(self, model: nn.Module, vocab_chunk: int = 512) -> None:
-        """`vocab_chunk`: supervised positions whose logits exist at a time.
+        """`vocab_chunk`: supervised positions whose logits exist at a time, at most; on a CPU fewer if there are many
+        words.
 
         Raises:
             UserMistake: adapters lie on the output head.
@@ -110,7 +113,10 @@ class Trainee(nn.Module):
         self, positions: Tensor, input_ids: Tensor, targets: Tensor | None, by_position: bool = True
     ) -> Request:
         num_rows, length = input_ids.shape
-        return Request(positions, length, num_rows, targets, self.vocab_chunk, self.head_way, by_position)
+        chunk = self.vocab_chunk
+        if input_ids.device.type == "cpu":  # where smaller products are as fast, and logits cost the most memory
+            chunk = min(chunk, max(LEAST_CHUNK, CPU_LOGITS // self.config.get_text_config().vocab_size))
+        return Request(positions, length, num_rows, targets, chunk, self.head_way, by_position)
 
     def boundaries(self, batch: Batch) -> dict[str, Any]:
         """Arguments that keep the documents of a packed row apart; none where one document fills its row."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 if TYPE_CHECKING:
     from distft.weights.store import Weights
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether FSDP2 laid this tensor over the ranks. Asking does not import what makes one (sympy comes with it)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def set_dtypes(module: nn.Module, precision: str) -> None:
@@ -31,23 +37,39 @@ def has_separate_experts(names: Iterable[str]) -> bool:
 def empty_on(module: nn.Module, device: torch.device) -> None:
     """Give every parameter and buffer of `module` uninitialised memory on `device`; tied parameters stay tied."""
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    parameters: dict[int, nn.Parameter] = {}
     for submodule in module.modules():
         for key, parameter in submodule.named_parameters(recurse=False):
             owners[id(parameter)].append((submodule, key))
-    module.to_empty(device=device)
-    for (first, first_key), *others in owners.values():
-        for other, key in others:
-            setattr(other, key, getattr(first, first_key))
+            parameters[id(parameter)] = parameter
+    if any(map(is_dtensor, parameters.values())):
+        module.to_empty(device=device)  # FSDP2 has to see it
+        made = {number: getattr(*owners[number][0]) for number in parameters}
+    else:  # torch's own way would import sympy for a tensor on meta
+        for submodule in module.modules():
+            for key, buffer in submodule.named_buffers(recurse=False):
+                submodule._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        made = {number: memory_for(parameter, device) for number, parameter in parameters.items()}
+    for number, parameter in made.items():
+        for owner, key in owners[number]:
+            setattr(owner, key, parameter)
 
 
-def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+def memory_for(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def local_rows(parameter: Any) -> tuple[Tensor, int]:
     """What this rank holds of `parameter`, and the flat index in the whole tensor at which it starts.
 
     A DTensor is split along its first dimension as `torch.chunk` does: equal rows on the first ranks, fewer or none
     on the last.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return parameter.detach(), 0
+    from torch.distributed.tensor import Shard
+
     shard_dim = parameter.device_mesh.ndim - 1
     assert parameter.placements[shard_dim] == Shard(0), f"rows are expected, not {parameter.placements}"
     num_ranks, rank = parameter.device_mesh.size(shard_dim), parameter.device_mesh.get_local_rank(shard_dim)

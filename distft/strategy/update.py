@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from distft.strategy.base import MakeOptimizer, Shard
-from distft.strategy.birth import local_rows
+from distft.strategy.birth import is_dtensor, local_rows
 from distft.world import World
 
 
@@ -33,10 +32,10 @@ class Piece:
 
     def take_gradient(self) -> None:
         """Let `local.grad` be this rank's gradient: zeros where no pass used the parameter, as in any other engine."""
-        gradient = self.parameter.grad
+        gradient: Any = self.parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(self.local)
-        self.local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        self.local.grad = gradient.to_local() if is_dtensor(gradient) else gradient
 
 
 def even_part(length: int, rank: int, size: int) -> tuple[int, int]:
@@ -47,7 +46,7 @@ def even_part(length: int, rank: int, size: int) -> tuple[int, int]:
 
 def lay_out(name: str, parameter: nn.Parameter, group: dist.ProcessGroup) -> Piece:
     """A trained parameter; one that is whole on every rank is owned in even parts by the ranks of `group`."""
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         local, start = local_rows(parameter)
         return Piece(name, tuple(parameter.shape), parameter, nn.Parameter(local), start, (0, local.numel()))
     owned = even_part(parameter.numel(), group.rank(), group.size())
@@ -184,6 +183,6 @@ def gather(
     if names is None:
         names = [name for name, parameter in parameters.items() if parameter.requires_grad]
     for name in names:
-        parameter = parameters[name].detach()
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        parameter: Any = parameters[name].detach()
+        full = parameter.full_tensor() if is_dtensor(parameter) else parameter
         yield name, full.to("cpu", copy=True) if world.is_main else None

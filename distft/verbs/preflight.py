@@ -133,8 +133,7 @@ def check_budget(run: Run, model_folder: Path, attention: str, plan: Plan) -> No
     from distft.objective.trainee import Trainee
     from distft.strategy.numbers import numbers_of
 
-    with torch.device("meta"):
-        model = build(model_folder, run, attention)
+    model = build(model_folder, run, attention)
     model, _ = tuning.apply(model, run.tuning, open_weights(model_folder, model), run.seed)
     layers = blocks(model)
     adapters.apply(model, run.model.compile)

@@ -1,0 +1,73 @@
+"""The compiler, DTensor and sympy stay away from a run that needs none of them, and come when they are asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.small_run import SMALL, write_rows
+
+RUN = """
+import sys
+from distft.cli import main
+
+class AtTheEnd:
+    def find_spec(self, name, path=None, target=None):
+        if name == "distft.model.final":  # training is over
+            heavy = ["sympy", "torch._dynamo.eval_frame", "torch._inductor", "torch.distributed.tensor"]
+            print("imported:", *[name for name in heavy if name in sys.modules], flush=True)
+
+sys.meta_path.insert(0, AtTheEnd())
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+COMPILER = """
+import sys
+from distft.deferred import StandIn, defer
+defer()
+import torch
+import torch._dynamo
+assert isinstance(sys.modules["torch._dynamo"], StandIn)
+calls = []
+
+@torch.compiler.disable
+def seen(x):
+    calls.append(torch.compiler.is_compiling())
+    return x + 1
+
+@torch._dynamo.assume_constant_result
+def constant():
+    return 3
+
+assert seen(torch.ones(1)) == 2
+optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+optimizer.zero_grad()
+optimizer.step()
+assert isinstance(sys.modules["torch._dynamo"], StandIn), "an optimizer alone needs no compiler"
+
+held = torch._dynamo
+import torch._dynamo.eval_frame
+assert not isinstance(sys.modules["torch._dynamo"], StandIn)
+assert torch._dynamo is sys.modules["torch._dynamo"]
+assert sys.modules["torch._dynamo.eval_frame"] is torch._dynamo.eval_frame
+assert held.config is torch._dynamo.config
+assert constant._dynamo_marked_constant
+
+doubled = torch.compile(lambda x: seen(x) * constant(), backend="eager")
+assert doubled(torch.ones(1)) == 6
+assert calls == [False, False], "what was decorated before the compiler came is not compiled either"
+"""
+
+
+def test_a_run_imports_no_compiler(tmp_path: Path) -> None:
+    words = [*SMALL, "data=jsonl", f"data.path={write_rows(tmp_path / 'rows.jsonl')}", f"run.dir={tmp_path / 'run'}"]
+    words += [f"data.cache_dir={tmp_path / 'cache'}", "strategy=ddp", "max_steps=2"]
+    done = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "imported:\n" in done.stdout, [line for line in done.stdout.splitlines() if "imported" in line]
+
+
+def test_the_compiler_comes_when_it_is_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
