@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 STEP = re.compile(r"step-(\d{6,})")
 LEFTOVER = re.compile(r"step-\d{6,}\.tmp-[0-9a-f]+")
+STAGED_FINAL = re.compile(r"final\.(tmp|old)-[0-9a-f]{8}")  # as weights.write.new_folder calls them
 
 
 class Damaged(Exception):
@@ -160,11 +161,14 @@ def _sha256(path: Path) -> str:
 
 
 def clean(run_dir: Path) -> list[str]:
-    """Delete what saves that died have left over; returns the names. Whoever calls it holds the run folder's lock."""
+    """Delete what saves that died have left over, of checkpoints and of the final folder; returns the names.
+
+    Whoever calls it holds the run folder's lock, and writes nothing there.
+    """
     folder = run_dir / CHECKPOINTS
-    if not folder.is_dir():
-        return []
-    dead = [path for path in sorted(folder.iterdir()) if LEFTOVER.fullmatch(path.name)]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    dead = [path for path in inside if LEFTOVER.fullmatch(path.name)]
+    dead += [path for path in sorted(run_dir.glob("final.*")) if STAGED_FINAL.fullmatch(path.name)]
     for path in dead:
         shutil.rmtree(path, ignore_errors=True)
     (folder / f"{LATEST}.tmp").unlink(missing_ok=True)

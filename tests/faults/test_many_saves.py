@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +20,16 @@ from distft.checkpoint import layout, ranges
 from distft.checkpoint.behind import WriteBehind
 from distft.checkpoint.state import TrainState, owned
 from distft.config.schema import Run
+from distft.errors import NegativeVerdict
 from distft.evaluation.loss import evaluate
 from distft.world import World
 from tests.faults.jobs import assembled, run_of
 from tests.faults.runs import Shop
+from tests.parity.engine import Case, prepared, train
+from tests.parity.engine import run_of as case_run
+from tests.parity.reference import Recipe
+from tests.parity.test_behind import taken_up
+from tests.parity.test_resume import flip_a_bit
 from tests.pool import Pool
 
 ROW = "two launches on one folder; the port taken; 1,000 evaluations and saves in a row"
@@ -189,6 +197,50 @@ def test_reading_back_reads_the_disk(tmp_path: Path) -> None:
     assert "other bytes" in ranges.read_back(path, record)
     os.truncate(path, 5)
     assert "5 bytes" in ranges.read_back(path, record)
+
+
+class FlipsABit:
+    """A disk that loses a bit of a file between writing and reading it back."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.active = name, True
+        sys.addaudithook(self.audit)  # for the life of the process; once used it does nothing
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and self.active and args[1] is None and str(args[0]).endswith(self.name):  # os.open
+            self.active = False
+            flip_a_bit(Path(args[0]))
+
+
+def lost_while_written(world: World, folder: Path, case: Case) -> tuple[str, list[int], bool]:
+    """Two checkpoints, and a third whose file of rank 1 the disk changes: what is told, and what is there."""
+    run = case_run(case)
+    run.checkpoint.keep = 1
+    strategy = prepared(world, case)
+    checkpoints = WriteBehind(run, folder, strategy, world)
+    for step in (1, 2):
+        train(strategy, world, case, step)
+        checkpoints.save(TrainState(step))
+        checkpoints.wait()
+    if world.rank == 1:
+        FlipsABit(layout.rank_file(1))
+    told = ""
+    try:
+        checkpoints.save(TrainState(3))
+        checkpoints.wait()
+    except NegativeVerdict as verdict:
+        told = str(verdict)
+    return told, layout.steps(folder), any((folder / "checkpoints").glob("*.tmp-*"))
+
+
+def test_what_is_not_verified_replaces_nothing(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    case = Case("fsdp", 1, Recipe(optimizer="adamw", lr=0.01))
+    for told, there, left_over in pool(2).run(lost_while_written, tmp_path, case):
+        assert "rank-00001.safetensors holds other bytes than were written" in told
+        assert "loses data" in told
+        assert there == [2], "with checkpoint.keep=1 the one before stays, because the new one was not verified"
+        assert not left_over
+    assert pool(2).run(taken_up, case, tmp_path)[0][0] == 2
 
 
 def on_tmpfs(path: Path) -> bool:

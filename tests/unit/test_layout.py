@@ -43,6 +43,23 @@ def test_a_step_is_complete_once_it_is_committed(tmp_path: Path) -> None:
     assert not folder.exists(), "what a killed run left over goes"
 
 
+def test_what_dead_saves_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    assert layout.clean(tmp_path) == []
+    write_step(tmp_path, 10)
+    kept = [tmp_path / "final", tmp_path / "final.tmp-mine", tmp_path / "checkpoints" / "step-000020.tmp"]
+    dead = [tmp_path / "checkpoints" / "step-000020.tmp-4f2a91c0", tmp_path / "checkpoints" / "step-000005.tmp-dead",
+            tmp_path / "final.tmp-0123abcd", tmp_path / "final.old-0123abcd"]  # fmt: skip
+    for path in [*kept, *dead]:
+        path.mkdir()
+        (path / "file").write_text("x")
+    (tmp_path / "checkpoints" / "latest.tmp").write_text("{")
+    assert sorted(layout.clean(tmp_path)) == sorted(path.name for path in dead)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in dead)
+    assert not (tmp_path / "checkpoints" / "latest.tmp").exists()
+    layout.check(layout.step_folder(tmp_path, 10))
+
+
 def test_the_newest_comes_first_and_a_checkpoint_stands_for_itself(tmp_path: Path) -> None:
     for step in (5, 1_000_000, 40):
         write_step(tmp_path, step)
