@@ -25,6 +25,7 @@ from distft.evaluation.loss import evaluate
 from distft.world import World
 from tests.faults.jobs import assembled, run_of
 from tests.faults.runs import Shop
+from tests.faults.test_full_disk import required
 from tests.parity.engine import Case, prepared, train
 from tests.parity.engine import run_of as case_run
 from tests.parity.reference import Recipe
@@ -190,7 +191,7 @@ def test_reading_back_reads_the_disk(tmp_path: Path) -> None:
     assert ranges.read_back(path, record) == ""
     fetched = read_from_disk() - start - cached
     if not fetched and on_tmpfs(tmp_path):
-        pytest.skip("the folder of temporary files lies in memory")
+        required("the folder of temporary files lies in memory")
     assert cached < MIB, "control: a plain reading is answered from memory"
     assert fetched >= 8 * MIB
     path.write_bytes(b"x" + path.read_bytes()[1:])
