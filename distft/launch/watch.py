@@ -91,12 +91,16 @@ def say(text: str) -> None:
 
 def kill_groups(processes: list[Process]) -> None:
     """End what is still there, with its own children: each process leads its group."""
+    end_groups([process for process in processes if process.poll() is None])
+
+
+def end_groups(processes: list[Process]) -> None:
+    """End these processes and their children, also those whose parent has been killed."""
     for process in processes:
-        if process.poll() is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ def run_direct(commands: list[Command], run_dir: Path, signals: Signals, look: L
                 process.send_signal(number)
 
     watched = watch(processes, signals, send, lambda: kill_groups(processes), look)
+    end_groups([process for process, code in zip(processes, watched.codes, strict=True) if code < 0])
     ends = [
         End(rank, code, watched.seen[rank], socket.gethostname(), rank in watched.ended, failure.read(run_dir, rank))
         for rank, code in enumerate(watched.codes)
