@@ -27,18 +27,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop.open(tmp_path_factory.mktemp("restarts"))
 
 
-def words(strategy: str, tuning: str, num_steps: int) -> list[str]:
-    return [
-        f"strategy={strategy}", f"tuning={tuning}", f"max_steps={num_steps}", "launch.ranks=2", "checkpoint.every=5",
-        "launch.restart_seconds=0",
-    ]  # fmt: skip
+def words(strategy: str, tuning: str, num_steps: int, max_restarts: int = 0) -> list[str]:
+    fixed = [f"strategy={strategy}", f"tuning={tuning}", f"max_steps={num_steps}", "launch.ranks=2"]
+    restarts = [f"launch.max_restarts={max_restarts}", "launch.restart_seconds=0"] if max_restarts else []
+    return [*fixed, "checkpoint.every=5", *restarts]
 
 
 def whole(shop: Shop, strategy: str, tuning: str, num_steps: int) -> dict[str, bytes]:
     """The final weights of the run that nothing happens to; run once."""
     name = f"whole-{strategy}-{tuning}-{num_steps}"
     if not (shop.folder / name / "final").exists():
-        code, text = shop.run(name, *words(strategy, tuning, num_steps)[:-1])
+        code, text = shop.run(name, *words(strategy, tuning, num_steps))
         assert code == errors.DONE, text
     return final_weights(shop.folder / name)
 
@@ -76,7 +75,7 @@ def kill_often(shop: Shop, strategy: str, tuning: str, num_kills: int, num_steps
     """`num_kills` times: wait for a new checkpoint, then kill a random rank a random moment later."""
     name, chance, known = f"killed-{strategy}-{tuning}", random.Random(strategy + tuning), set[int]()
     killed: list[tuple[int, float]] = []
-    with shop.start(name, *words(strategy, tuning, num_steps), f"launch.max_restarts={num_kills}") as started:
+    with shop.start(name, *words(strategy, tuning, num_steps, max_restarts=num_kills)) as started:
         step = 0
         for _ in range(num_kills):
             ranks = trained(started, known, step)
@@ -125,7 +124,7 @@ def test_a_killed_rank_then_one_that_raises(shop: Shop) -> None:
     """The survivor's broken connection is not what is named, and the second start ends as if nothing had been."""
     name, known = "two-deaths", set[int]()
     fault = plant(shop.folder / "fault", RAISES_ONCE.format(mark=str(shop.folder / "raised"), at=25), "distft.loop")
-    with shop.start(name, *words("fsdp", "full", 120), "launch.max_restarts=2", **fault) as started:
+    with shop.start(name, *words("fsdp", "full", 120, max_restarts=2), **fault) as started:
         trained(started, known, 0)[0].kill()
         code, text = started.end()
     assert code == errors.DONE, text
@@ -150,14 +149,14 @@ if os.environ.get("RANK") == "1":
 @pytest.mark.thorough
 def test_a_rank_that_never_starts_is_left_out_or_ends_the_run(shop: Shop) -> None:
     fault = plant(shop.folder / "dies", ALWAYS_DIES)
-    code, text = shop.run("fewer", *words("fsdp", "full", 20), "launch.max_restarts=3", "launch.min_ranks=1", **fault)
+    code, text = shop.run("fewer", *words("fsdp", "full", 20, max_restarts=3), "launch.min_ranks=1", **fault)
     assert code == errors.DONE, text
     assert "Restart 2 of 3 from the beginning with 1 rank" in text
     assert [record["ranks"] for record in restarts(shop.folder / "fewer")] == [2, 1]
     ended = result(shop.folder / "fewer")
     assert (ended["status"], ended["steps"]) == ("done", 20)
 
-    code, text = shop.run("none", *words("fsdp", "full", 20), "launch.max_restarts=3", **fault)
+    code, text = shop.run("none", *words("fsdp", "full", 20, max_restarts=3), **fault)
     assert code == errors.BUG, text
     assert "Not started again: no checkpoint was written between the last two crashes" in text
     ended = result(shop.folder / "none")
@@ -179,7 +178,7 @@ if os.environ.get("RANK") == "0" and not os.path.exists({mark!r}):
 @pytest.mark.thorough
 @pytest.mark.parametrize("engine", ["direct", "deepspeed"])
 def test_a_port_that_is_taken_costs_a_start_and_no_more(shop: Shop, engine: str) -> None:
-    fault = plant(shop.folder / f"port-{engine}", TAKES_THE_PORT.format(mark=str(shop.folder / f"taken-{engine}")))
+    fault = plant(shop.folder / f"takes-{engine}", TAKES_THE_PORT.format(mark=str(shop.folder / f"taken-{engine}")))
     words = ("strategy=ddp", "max_steps=3", "launch.ranks=2", f"launch.engine={engine}")
     code, text = shop.run(f"port-{engine}", *words, **fault)
     assert code == errors.DONE, text
