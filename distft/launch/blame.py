@@ -16,17 +16,16 @@ GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, "gone")
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds in which a rank has to move: `step` in training; `start` until it has gone through its first step
-    (downloads, weights, compilation) and while it closes, where the tracker may still send."""
+    """Seconds in which a rank has to move: `step` in training; `start` until the run has gone through its first step
+    (downloads, weights, compilation) and while a rank closes, where the tracker may still send."""
 
     step: float
     start: float
 
-    def of(self, beat: Beat) -> float:
-        return max(self.step, self.start) if beat.steps < 2 or beat.phase == "closing" else self.step
-
-    def is_over(self, beat: Beat) -> bool:
-        return not beat.ended and beat.age > self.of(beat)
+    def of(self, beat: Beat, steps: int | None = None) -> float:
+        """`steps`: begun by the rank that has begun most, where that is known: what is told of others may be old."""
+        steps = beat.steps if steps is None else steps
+        return max(self.step, self.start) if steps < 2 or beat.phase == "closing" else self.step
 
 
 def sentence(beats: Sequence[Beat], patience: Patience, now: float, missing: Sequence[int] = ()) -> str | None:
@@ -41,7 +40,8 @@ def sentence(beats: Sequence[Beat], patience: Patience, now: float, missing: Seq
         now: the wall clock, from which "since" is told.
         missing: ranks of which nothing was ever seen.
     """
-    late = [beat for beat in beats if patience.is_over(beat)]
+    steps = max((beat.steps for beat in beats), default=0)
+    late = [beat for beat in beats if not beat.ended and beat.age > patience.of(beat, steps)]
     if not late:
         return None
     if missing:

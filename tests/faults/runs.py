@@ -34,14 +34,14 @@ class Started:
         return self.process.returncode, text
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes of the ranks, by rank: those of a controller that starts them itself."""
+        """The processes of the ranks, by rank, whoever started them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         found = {}
         for child in children:
             try:
-                if "train" in child.cmdline():
-                    found[int(child.environ().get("RANK", 0))] = child
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                if any(Path(word).name in ("train", "train.py") for word in child.cmdline()):
+                    found[int(child.environ()["RANK"])] = child
+            except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
                 continue
         return [found[rank] for rank in sorted(found)]
 
@@ -64,6 +64,7 @@ class Shop:
     """A folder with rows, a cache that its runs share, and a run folder for each."""
 
     folder: Path
+    launcher: tuple[str, ...] = (sys.executable,)  # what stands before train.py
 
     @classmethod
     def open(cls, folder: Path, num_rows: int = 60) -> Shop:
@@ -80,8 +81,8 @@ class Shop:
 
     @contextmanager
     def start(self, name: str, *overrides: str, **environment: str) -> Iterator[Started]:
-        """`python train.py …`; whatever is still there when the test leaves is ended."""
-        command = [sys.executable, str(ROOT / "train.py"), *self.words(name, *overrides)]
+        """`<launcher> train.py …`; whatever is still there when the test leaves is ended."""
+        command = [*self.launcher, str(ROOT / "train.py"), *self.words(name, *overrides)]
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -90,6 +90,11 @@ WAITS = "; rank 0 waits for it in collective number 46, phase backward of step 7
             "Rank 1 (process 101) on node3 has left out collective number 46, in phase forward of step 8",
             id="went on without a collective",
         ),
+        pytest.param(
+            {"answers": False, "state": "stopped", "phase": "start", "step": 0, "steps": 0, **BEHIND},
+            "Rank 1 (process 101) on node3 is stopped (SIGSTOP) in phase start since 15:30:04 (6 s)",
+            id="stopped, last seen at the start",
+        ),
         pytest.param({"state": "gone", **BEHIND}, "Rank 1 (process 101) on node3 has ended in phase", id="gone"),
         pytest.param(
             {"phase": "end", "collectives": (30, 6), "number": 40},

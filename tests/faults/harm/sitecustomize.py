@@ -1,8 +1,8 @@
 """Harm from outside: a folder with this file on PYTHONPATH changes one rank of a run that knows nothing of it.
 
-HARM=loader: making the batch of step HARM_STEP takes for ever. HARM=collective: the rank sleeps instead of joining the
-sum behind the record of step HARM_STEP. HARM=evaluation: each batch of an evaluation takes HARM_SECONDS. HARM_RANK
-says which rank, HARM_STEP counts from 0.
+HARM names one or several, HARM_RANK the rank. loader: making the batch of the sixth step takes for ever. collective:
+the rank sleeps instead of joining the sum behind the sixth step's record. evaluation: each of an evaluation's steps
+takes SECONDS. checkpoint: each tensor that is written takes TENSOR_SECONDS.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import importlib.machinery
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-STEP = int(os.environ.get("HARM_STEP", 5))
+STEP = 5  # counted from 0
+SECONDS = 2.5
+TENSOR_SECONDS = 0.2
 
 
 def sleeping_loader(module: Any) -> None:
@@ -47,27 +50,51 @@ def slow_evaluation(module: Any) -> None:
 
     def eval_steps(self: Any) -> Any:
         for step in before(self):
-            time.sleep(float(os.environ["HARM_SECONDS"]))
+            time.sleep(SECONDS)
             yield step
 
     module.Plan.eval_steps = eval_steps
+
+
+def slow_disk(module: Any) -> None:
+    @contextmanager
+    def opened(path: Any, mode: str) -> Iterator[Any]:
+        with open(path, mode) as file:
+            yield Slow(file) if "w" in mode else file
+
+    module.open = opened  # found before the builtin one
+
+
+class Slow:
+    """A file whose writing takes its time."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, data: Any) -> Any:
+        time.sleep(TENSOR_SECONDS)
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 HARMS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "loader": ("distft.data.batches", sleeping_loader),
     "collective": ("distft.loop", missing_collective),
     "evaluation": ("distft.data.batches", slow_evaluation),
+    "checkpoint": ("distft.checkpoint.ranges", slow_disk),
 }
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Changes one module as soon as it has been imported."""
+    """Changes modules as soon as they have been imported."""
 
-    def __init__(self, name: str, change: Callable[[Any], None]) -> None:
-        self.name, self.change = name, change
+    def __init__(self, changes: dict[str, list[Callable[[Any], None]]]) -> None:
+        self.changes = changes
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != self.name:
+        if name not in self.changes:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec is not None
@@ -76,11 +103,16 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self.change(module)
+            for change in self.changes[name]:
+                change(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if os.environ.get("RANK") == os.environ.get("HARM_RANK") and "HARM" in os.environ:
-    sys.meta_path.insert(0, Finder(*HARMS[os.environ["HARM"]]))
+if "HARM" in os.environ and os.environ.get("RANK", "0") == os.environ["HARM_RANK"]:
+    chosen: dict[str, list[Callable[[Any], None]]] = {}
+    for word in os.environ["HARM"].split(","):
+        target, change = HARMS[word]
+        chosen.setdefault(target, []).append(change)
+    sys.meta_path.insert(0, Finder(chosen))
