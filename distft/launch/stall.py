@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,13 +24,13 @@ import psutil
 from distft import errors
 from distft.config.schema import Run
 from distft.heartbeat import Beat, Heartbeat, memory_file, read_file, this_machine
-from distft.launch.blame import GONE, STOPPED, Patience, sentence
+from distft.launch.blame import STOPPED, Patience, sentence
 from distft.launch.topology import place_of
 from distft.launch.worker import leave_exit_code
 from distft.pulse import FOLDER, STACKS, publication, read_publication, stacks_file
 
 STACK_SECONDS = 3.0  # how long ranks get to write their stacks
-LEAVE_SECONDS = 2.0  # how long the neighbours of the rank that speaks get to end by themselves
+LEAVE_SECONDS = 2.0  # after which the neighbours of the rank that spoke are killed; launchers look once a second
 TURN_SECONDS = 3.0  # between one rank's chance to speak and the next one's, where no controller does
 
 
@@ -187,6 +187,16 @@ def save_stacks(run_dir: Path, beats: Sequence[Beat]) -> None:
         sizes = now
 
 
+def end_later(pids: Sequence[int]) -> None:
+    """Kill what is still there once this process has left: the launcher takes the first exit code that it sees."""
+    numbers = " ".join(map(str, pids))
+    if numbers:
+        subprocess.Popen(
+            ["sh", "-c", f"sleep {LEAVE_SECONDS:g}; kill -KILL {numbers} 2>/dev/null"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+
 # --- the ranks' own -------------------------------------------------------------------------------------------------
 
 
@@ -242,15 +252,7 @@ class OwnWatch:
         save_stacks(self.run_dir, beats)
         publish(self.run_dir, said)
         machine = this_machine()
-        neighbours = [beat for beat in beats if beat.machine == machine and beat.rank != self.rank and not beat.ended]
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while time.monotonic() < deadline and any(
-            with_state(beat).state not in (*STOPPED, *GONE) for beat in neighbours
-        ):
-            time.sleep(0.05)
-        for beat in neighbours:
-            with suppress(ProcessLookupError):
-                os.kill(beat.pid, signal.SIGKILL)
+        end_later([beat.pid for beat in beats if beat.machine == machine and beat.rank != self.rank and not beat.ended])
         self.go()
 
     def go(self) -> None:
