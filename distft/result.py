@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,14 @@ def write_failure(run_dir: Path, status: str, reason: str, step: int) -> None:
 
 
 def _write(run_dir: Path, result: dict[str, Any]) -> None:
-    """At once or not at all."""
+    """At once or not at all. Where the disk refuses it, that is said; how the run ended is told all the same."""
     staged = run_dir / f"{RESULT}.tmp"
-    staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    staged.replace(run_dir / RESULT)
+    try:
+        staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        staged.replace(run_dir / RESULT)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        sys.stderr.write(f"distft: {run_dir / RESULT} could not be written: {error.strerror}\n")
 
 
 def summary_of(state: TrainState) -> dict[str, Any]:

@@ -32,6 +32,7 @@ LOCK = "lock.json"
 LAUNCH = "DISTFT_LOCK"  # environment: token and folder of the lock of the launch that this process belongs to
 RENEW_SECONDS = 5.0
 OLD_SECONDS = 60.0  # without a sign of life from another machine
+NAMELESS = "a process that left no name"  # its lock cannot be read
 LEAVE_SECONDS = 60.0  # what the ranks of a launch whose controller was killed get to end: they save first
 
 
@@ -219,11 +220,13 @@ def take_over(path: Path, draft: Path, say: Callable[[str], None]) -> None:
             note = "is gone"
         if not alone(descriptor, path, holder, say):
             pids = ", ".join(map(str, flocked_by(os.fstat(descriptor).st_ino))) or "on another machine"
-            raise UserMistake(in_use(path, f"ranks (process {pids}) of {holder}, which {note}", "stop them"))
+            raise UserMistake(
+                in_use(path, f"ranks (process {pids}) of {holder or NAMELESS}, which {note}", "stop them")
+            )
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:  # else another launch was faster
                 os.unlink(path)
-                say(f"{path.parent} was held by {holder or 'a process without a name'}, which {note}: taken over")
+                say(f"{path.parent} was held by {holder or NAMELESS}, which {note}: taken over")
     finally:
         os.close(descriptor)
 
@@ -243,12 +246,12 @@ def watched(path: Path, draft: Path, holder: Holder | None, say: Callable[[str],
         with path.open("rb") as file:  # opening asks a network file system's server anew
             renewed = os.fstat(file.fileno()).st_mtime
         if renewed != first:
-            raise UserMistake(in_use(path, str(holder), "stop it there"))
+            raise UserMistake(in_use(path, str(holder or NAMELESS), "stop it there"))
         if now - renewed >= OLD_SECONDS:
             return now - renewed
         if not told:
             ago = max(0.0, now - renewed)
-            say(f"{path.parent} is held by {holder}, seen {ago:.0f} s ago: waiting for a sign of life")
+            say(f"{path.parent} is held by {holder or NAMELESS}, seen {ago:.0f} s ago: waiting for a sign of life")
             told = True
         time.sleep(0.5)
 
@@ -260,7 +263,7 @@ def alone(descriptor: int, path: Path, holder: Holder | None, say: Callable[[str
         if time.monotonic() > deadline:
             return False
         if not told:
-            say(f"{path.parent} was held by {holder}, which is gone: waiting for its ranks to end")
+            say(f"{path.parent} was held by {holder or NAMELESS}, which is gone: waiting for its ranks to end")
             told = True
         time.sleep(0.1)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -28,13 +29,15 @@ class Tee:
             # Lines that scroll by above a bar are complete; the bar itself ends in no newline.
             plain = "".join(line for line in plain.replace("\r", "").splitlines(keepends=True) if line.endswith("\n"))
         if plain and not self.log.closed:
-            self.log.write(redact(plain))
+            with contextlib.suppress(OSError):  # a full disk: the terminal has it
+                self.log.write(redact(plain))
         return count
 
     def flush(self) -> None:
         self.stream.flush()
         if not self.log.closed:
-            self.log.flush()
+            with contextlib.suppress(OSError):
+                self.log.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -44,8 +44,8 @@ class Log:
         if not self.active:
             return
         self.screen = Screen(num_steps, resumed_step or 0)
-        self.metrics = Lines(run_dir / METRICS, resumed_step)
-        self.answers = Lines(run_dir / SAMPLES, resumed_step)
+        self.metrics = Lines(run_dir / METRICS, resumed_step, self.say)
+        self.answers = Lines(run_dir / SAMPLES, resumed_step, self.say)
         # What was stepped over stays so from whichever step a run goes on; a run that starts anew has skipped nothing.
         self.skips = Lines(run_dir / SKIPPED, None if resumed_step is None else sys.maxsize)
         self.tracker: Background | None = None

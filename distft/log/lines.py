@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MOST_WAITING = 1 << 26  # bytes
 
 
 def encode(value: Any) -> Any:
@@ -39,9 +43,11 @@ class Lines:
     do. The file appears with its first record.
     """
 
-    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        self.path, self.abandoned = path, path.with_suffix(".abandoned.jsonl")
-        self.file: IO[str] | None = None
+    def __init__(self, path: Path, resumed_step: int | None = None, say: Callable[[str], None] = print) -> None:
+        self.path, self.abandoned, self.say = path, path.with_suffix(".abandoned.jsonl"), say
+        self.file: IO[bytes] | None = None
+        self.waiting = b""  # for room on the disk
+        self.told = False
         if path.exists():
             self.cut(-1 if resumed_step is None else resumed_step)
         self.num_before = sum(num_lines(old) for old in (path, self.abandoned) if old.exists())  # ever written
@@ -74,10 +80,20 @@ class Lines:
         shorter.replace(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Append a line. On a disk without room it waits in memory for the next one, and `say` tells so once."""
         if self.file is None:
-            self.file = self.path.open("a", encoding="utf-8")
-        self.file.write(json.dumps(encode(record), allow_nan=False, ensure_ascii=False) + "\n")
-        self.file.flush()
+            self.file = self.path.open("ab", buffering=0)
+        line = json.dumps(encode(record), allow_nan=False, ensure_ascii=False) + "\n"
+        self.waiting += line.encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if error.errno not in FULL or len(self.waiting) > MOST_WAITING:
+                raise
+            if not self.told:
+                self.say(f"{self.path} cannot be written ({error.strerror}): its lines wait for room")
+        self.told = bool(self.waiting)
 
     def close(self) -> None:
         if self.file is not None:

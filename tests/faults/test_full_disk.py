@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,9 +22,10 @@ from distft.checkpoint.behind import WriteBehind
 from distft.checkpoint.ranks import DiskFull
 from distft.checkpoint.space import MARGIN, mount_of
 from distft.checkpoint.state import TrainState, owned
+from distft.log.lines import Lines
 from distft.world import World
 from tests.faults import forked
-from tests.faults.runs import Shop, final_weights, records, result
+from tests.faults.runs import Shop, final_weights, records
 from tests.parity.engine import Case, prepared, run_of, train
 from tests.parity.reference import Recipe
 from tests.parity.test_behind import taken_up
@@ -175,6 +177,28 @@ def test_what_a_save_without_room_leaves(pool: Any, small_disk: Path, on_full: s
     assert mount_of(small_disk / "run" / "checkpoints") == small_disk
 
 
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_wait_for_room(small_disk: Path) -> None:
+    told: list[str] = []
+    lines = Lines(small_disk / "metrics.jsonl", None, told.append)
+    records = [{"step": step, "text": "x" * 1000} for step in range(60)]
+    for record in records[:10]:
+        lines.write(record)
+    filler = fill(small_disk, leave=0)
+    for record in records[10:40]:
+        lines.write(record)
+    assert len(told) == 1
+    assert "metrics.jsonl cannot be written (No space left on device)" in told[0]
+    assert len(lines.path.read_bytes()) < 20_000
+    filler.unlink()
+    for record in records[40:]:
+        lines.write(record)
+    lines.close()
+    assert [json.loads(line) for line in lines.path.read_text().splitlines()] == records
+
+
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
@@ -193,10 +217,10 @@ def test_a_run_stops_or_goes_on_by_its_policy(tmp_path: Path, small_disk: Path) 
     needed = sum(path.stat().st_size for path in (tmp_path / "whole/checkpoints/step-000008").glob("*.safetensors"))
     assert needed > MARGIN, "else the margin decides"
 
-    for policy in ("stop", "skip"):
+    for policy, leave in (("stop", 0), ("skip", MARGIN + needed // 2)):
         folder = small_disk / policy
         knobs = (f"run.dir={folder}", f"checkpoint.on_full={policy}")
-        others = partial(FillsUp, small_disk, f"/{layout.LATEST}", leave=MARGIN + needed // 2)  # after the first one
+        others = partial(FillsUp, small_disk, f"/{layout.LATEST}", leave=leave)  # once the first one is published
         code, text = launch(shop, policy, *knobs, before=others)
         assert "Traceback" not in text, text
         assert f"The checkpoint of step 4 needs {needed:,} bytes" in text
@@ -206,7 +230,7 @@ def test_a_run_stops_or_goes_on_by_its_policy(tmp_path: Path, small_disk: Path) 
         if policy == "stop":
             assert code == errors.USER_MISTAKE, text
             assert "checkpoint.on_full=skip" in text
-            assert result(folder)["status"] == "failed"
+            assert "metrics.jsonl cannot be written (No space left on device): its lines wait for room" in text
         else:
             assert code == errors.DONE, text
             assert text.count("The run goes on without this checkpoint") == 3  # of steps 4, 6 and 8
