@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,47 @@ def test_an_error_while_prefetching_reaches_the_loop_and_no_thread_stays(data: P
     for step in Prefetch(plan_of(data), 0, 1000):
         if step.index == 1:
             break
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+class Watched(Plan):
+    """Tells which steps have been made, and fails at `fails`."""
+
+    def __init__(self, data: PreparedData, fails: int = -1) -> None:
+        super().__init__(data.train, BatchConfig(2, 1), LENGTH, 0, True, 0, 1)
+        self.fails, self.finished = fails, [threading.Event() for _ in range(8)]
+
+    def step(self, index: int) -> Step:
+        if index == self.fails:
+            raise OSError(f"step {index} cannot be read")
+        step = super().step(index)
+        self.finished[index].set()
+        return step
+
+
+def made_meanwhile(plan: Watched, steps: Iterator[Step], seconds: float) -> bool:
+    """While the first step is being computed, which nobody asks the plan during: are the next two made?"""
+    assert next(steps).index == 0
+    return all(plan.finished[index].wait(seconds) for index in (1, 2))
+
+
+def test_the_next_global_batches_are_ready_before_they_are_asked_for(data: PreparedData) -> None:
+    plan = Watched(data)
+    steps = iter(Prefetch(plan, 0, 8))
+    assert made_meanwhile(plan, steps, seconds=20)
+    assert not plan.finished[6].is_set()  # and no more than a few: memory stays bounded
+    assert [step.index for step in steps] == list(range(1, 8))
+    plan = Watched(data)
+    assert not made_meanwhile(plan, map(plan.step, range(8)), seconds=0.2)  # without the thread they are not
+
+
+def test_an_error_made_ahead_comes_when_its_step_is_due(data: PreparedData) -> None:
+    plan = Watched(data, fails=3)
+    steps = iter(Prefetch(plan, 0, 8))
+    assert made_meanwhile(plan, steps, seconds=20)
+    assert [next(steps).index, next(steps).index] == [1, 2]
+    with pytest.raises(OSError, match="step 3 cannot be read"):
+        next(steps)
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
