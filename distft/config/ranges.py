@@ -23,6 +23,7 @@ RANGES: dict[str, Range] = {
     "data.eval_fraction": SHARE_BELOW_ONE,
     "data.sequence_length": (lambda value: value >= 2, "a whole number from 2"),
     "data.max_rejected": SHARE,
+    "data.max_row_bytes": COUNT,
     "tuning.lora_rank": COUNT,
     "tuning.lora_alpha": POSITIVE,
     "tuning.lora_dropout": SHARE_BELOW_ONE,

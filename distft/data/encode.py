@@ -68,7 +68,7 @@ def prepare(
     specs = sources_of(run.data, run.objective.name)
     eval_spec = eval_source_of(run.data, run.objective.name)
     fraction = 0.0 if eval_spec else run.data.eval_fraction
-    sources = []
+    sources: list[dict[str, Any]] = []
     (out / REJECTED).unlink(missing_ok=True)
     for spec in [*specs, *([eval_spec] if eval_spec else [])]:
         folder = tokenised(spec, encoder, store, run.data.workers)
@@ -156,6 +156,7 @@ def key_of(spec: SourceSpec, encoder: Encoder) -> dict[str, Any]:
         "data.format": [spec.format, spec.document_chars if spec.format == "text" else 0],
         "data.columns": digest(spec.columns.templates),
         "data.exclude_ids": digest(sorted(spec.excluded)),
+        "data.max_row_bytes": spec.max_row_bytes,
         "tokenizer": digest_of_files([("tokenizer.json", Path(encoder.tokenizer.file))]),
         "objective": type(encoder).__name__,
         **{name: digest(dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v) for name, v in settings.items()},  # type: ignore[arg-type]
@@ -180,7 +181,7 @@ def refuse_too_long(spec: SourceSpec, report: dict[str, Any], file: Path) -> Non
     if count := report["rejected"].get(TOO_LONG):
         first = report["first"][TOO_LONG]
         raise UserMistake(
-            f"{count:,} rows of {spec.name} are {TOO_LONG}, the first of them row {first['places'][0]} with "
+            f"{count:,} rows of {spec.name} are {TOO_LONG}, the first of them {spec.counted} {first['places'][0]} with "
             f"{first['detail']} (data.too_long=refuse). All are listed in {file}: raise data.sequence_length, or set "
             "data.too_long to truncate, split or drop."
         )
@@ -195,15 +196,20 @@ def refuse_many_rejected(spec: SourceSpec, report: dict[str, Any], max_rejected:
             but = " but those that exclude_ids leaves out" if report["excluded"] else ""
             raise UserMistake(f"{spec.knob}path={spec.path} has no rows{but}.")
         return
-    reasons = []
-    for reason, count in sorted(report["rejected"].items(), key=lambda item: -item[1]):
-        places, detail = report["first"][reason]["places"], report["first"][reason]["detail"]
-        where = ", ".join(map(str, places)) + (", …" if count > len(places) else "")
-        reasons.append(f"{count:,} {reason} (row {where}{f'; the first: {detail}' if detail else ''})")
-    told = f"{rejected:,} of {total:,} rows of {spec.name} cannot be used: {'; '.join(reasons)}."
+    told = f"{rejected:,} of {total:,} rows of {spec.name} cannot be used: {reasons(report)}."
     if rejected > max_rejected * total:
         raise UserMistake(
             f"{told} That is more than data.max_rejected={max_rejected} allows. They are listed in {file}: mend them, "
             "or raise data.max_rejected."
         )
     say(f"{told} They are left out and listed in {file}")
+
+
+def reasons(report: dict[str, Any]) -> str:
+    """How many rows were rejected why, with the lines of the first ones."""
+    told = []
+    for reason, count in sorted(report["rejected"].items(), key=lambda item: -item[1]):
+        places, detail = report["first"][reason]["places"], report["first"][reason]["detail"]
+        where = ", ".join(places) + (", …" if count > len(places) else "")
+        told.append(f"{count:,} {reason} ({report['counted']} {where}{f'; the first: {detail}' if detail else ''})")
+    return "; ".join(told)

@@ -17,6 +17,8 @@ from distft.errors import UserMistake
 BLOCK_BYTES = 1 << 18
 BLOCK_ROWS = 512
 READ_CHARS = 1 << 20
+LONGEST_ROW = 1 << 23  # bytes
+TOO_LARGE = "longer than data.max_row_bytes"
 LONGEST_LINE = 1 << 20  # characters of a text file's line that are kept together
 
 
@@ -72,14 +74,35 @@ def _text(path: Path) -> Iterator[str]:
             yield piece
 
 
-def read_jsonl(path: Path) -> Iterator[Block]:
-    """One JSON object a line."""
-    number = 1
+def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Block]:
+    """One JSON object a line; a line of more than `longest` bytes is passed by piece by piece."""
+    number, held, size = 1, list[bytes](), 0
     with _open(path) as stream:
-        while lines := stream.readlines(BLOCK_BYTES):
-            content = b"".join(lines)
-            yield Block(path.name, number, lines=content, size=len(content))
-            number += len(lines)
+        while line := stream.readline(longest + 1):
+            too_long = len(line) > longest and not line.endswith(b"\n")
+            if too_long or size >= BLOCK_BYTES:
+                yield Block(path.name, number, lines=b"".join(held), size=size)
+                number, held, size = number + len(held), [], 0
+            if too_long:
+                read = len(line) + _rest_of_line(stream)
+                bad = BadRow(number, TOO_LARGE, f"{read:,} bytes", file=path.name)
+                yield Block(path.name, number, rows=(bad,), size=read)
+                number += 1
+            else:
+                held.append(line)
+                size += len(line)
+    if held:
+        yield Block(path.name, number, lines=b"".join(held), size=size)
+
+
+def _rest_of_line(stream: IO[bytes]) -> int:
+    """Read to the end of a line; its bytes."""
+    length = 0
+    while piece := stream.readline(READ_CHARS):
+        length += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return length
 
 
 def read_json(path: Path) -> Iterator[Block]:

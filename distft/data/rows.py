@@ -85,6 +85,40 @@ class Document:
         return self.text or "\n".join(str(message.get("content") or "") for message in self.messages)
 
 
+def trainable(document: Document, objective: str) -> Document:
+    """The same document.
+
+    Raises:
+        Unfit: nothing in it can be trained, whatever template and tokenizer make of it.
+    """
+    if objective == "sft" and not any(document.trained):
+        raise Unfit("no assistant turn")
+    return document
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: not with half of a surrogate pair, as JSON's escapes may give."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def num_chars(value: Any) -> int:
+    """Characters of all texts in a record."""
+    total, left = 0, [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, Mapping):
+            left += part.values()
+        elif isinstance(part, (list, tuple)):
+            left += part
+    return total
+
+
 class NotText(Exception):
     """A template put out a value that is no text."""
 
@@ -276,9 +310,6 @@ def _text(value: Any, column: str) -> str:
         value = json.dumps(value)
     if not isinstance(value, str):
         raise Unfit("wrong type", f"{column} is {type(value).__name__}, not text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Unfit("invalid UTF-8", column) from None
+    if not value.isascii() and not is_text(value):
+        raise Unfit("invalid UTF-8", column)
     return value

@@ -129,4 +129,4 @@ def left_out(part: dict[str, Any]) -> Iterator[str]:
     for reason, count in sorted(part["rejected"].items(), key=lambda item: -item[1]):
         places = part["first"][reason]["places"]
         more = ", …" if count > len(places) else ""
-        yield f"{count:,} rejected: {reason} (row {', '.join(map(str, places))}{more})"
+        yield f"{count:,} rejected: {reason} ({part['counted']} {', '.join(places)}{more})"

@@ -15,8 +15,19 @@ import jinja2
 from distft.cache import cache_folder
 from distft.config.schema import Data, Run, Source
 from distft.data.files import files_of, is_hub_id, load_from_hub, load_saved, read_ids
-from distft.data.formats import READERS, Block, read_table, read_text
-from distft.data.rows import COLUMN_NAMES, COLUMN_TEMPLATES, SHAPES, BadRow, Columns, Row, Unfit
+from distft.data.formats import LONGEST_ROW, READERS, TOO_LARGE, Block, read_jsonl, read_table, read_text
+from distft.data.rows import (
+    COLUMN_NAMES,
+    COLUMN_TEMPLATES,
+    SHAPES,
+    BadRow,
+    Columns,
+    Row,
+    Unfit,
+    is_text,
+    num_chars,
+    trainable,
+)
 from distft.errors import UserMistake
 
 CHARS_PER_TOKEN = 4  # of English under common tokenizers: makes documents of plain text about a bin long
@@ -38,6 +49,7 @@ class SourceSpec:
     subset: str | None = None
     split: str = "train"
     document_chars: int = 4096  # format=text
+    max_row_bytes: int = LONGEST_ROW
 
     @cached_property
     def excluded(self) -> frozenset[str]:
@@ -59,8 +71,19 @@ class SourceSpec:
         for file in self.files:
             if self.format == "text":
                 yield from read_text(file, self.document_chars)
+            elif self.format == "jsonl":
+                yield from read_jsonl(file, self.max_row_bytes)
             else:
                 yield from READERS[self.format](file)
+
+    def place(self, row: Row | BadRow) -> str:
+        """The number of a row, with its file where there are several."""
+        return str(row.number) if len(self.files) < 2 else f"{row.file}:{row.number}"
+
+    @property
+    def counted(self) -> str:
+        """What a row's number counts."""
+        return "line" if self.format in ("jsonl", "csv", "text") else "row"
 
     def size(self) -> int:
         """What the sizes of all blocks add up to: bytes, or rows of a table."""
@@ -68,11 +91,15 @@ class SourceSpec:
 
     def settle(self, row: Row | BadRow) -> Row | BadRow | None:
         """The row with its id (the id column, else the key, else file and line); None where it is excluded."""
+        seen = self.format in ("jsonl", "text")  # by their readers
+        if not seen and isinstance(row, Row) and (size := num_chars(row.value)) > self.max_row_bytes:
+            return BadRow(row.number, TOO_LARGE, f"{size:,} characters", row.id, row.file)
         given = self.columns.id_of(row.value) if isinstance(row, Row) else None
         if given is not None and not isinstance(given, (str, int, float)):
             return BadRow(row.number, "wrong type", f"the id is {type(given).__name__}", file=row.file)
-        place = str(row.number) if len(self.files) < 2 else f"{row.file}:{row.number}"
-        row = row._replace(id=str(given) if given is not None else row.id or place)
+        row = row._replace(id=str(given) if given is not None else row.id or self.place(row))
+        if not row.id.isascii() and not is_text(row.id):
+            return BadRow(row.number, "invalid UTF-8", "the id", file=row.file)
         return None if row.id in self.excluded else row
 
 
@@ -130,6 +157,7 @@ def spec_of(source: Source, knob: str, data: Data, objective: str) -> SourceSpec
         subset=source.subset,
         split=source.split,
         document_chars=CHARS_PER_TOKEN * data.sequence_length,
+        max_row_bytes=data.max_row_bytes,
     )
     check_columns(spec, objective)
     return spec
@@ -228,7 +256,7 @@ def read_rows(spec: SourceSpec) -> Iterator[Row | BadRow]:
 
 def texts(run: Run) -> Iterator[str]:
     """The plain words of a run's training rows, the sources in turn: what `model=tiny` trains its tokenizer from."""
-    turns = deque(map(_plain, sources_of(run.data, run.objective.name)))
+    turns = deque(_plain(spec, run.objective.name) for spec in sources_of(run.data, run.objective.name))
     while turns:
         source = turns.popleft()
         if (text := next(source, None)) is not None:
@@ -236,10 +264,10 @@ def texts(run: Run) -> Iterator[str]:
             turns.append(source)
 
 
-def _plain(spec: SourceSpec) -> Iterator[str]:
+def _plain(spec: SourceSpec, objective: str) -> Iterator[str]:
     for row in read_rows(spec):
         if isinstance(row, Row):
             try:
-                yield spec.columns.document(row.value).plain()
+                yield trainable(spec.columns.document(row.value), objective).plain()
             except Unfit:
                 continue

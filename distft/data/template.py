@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.data.rows import Document, Unfit
+from distft.data.rows import Document, Unfit, is_text, trainable
 from distft.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -140,7 +140,14 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], prompt: bool, marked: bool
     ) -> tuple[str, list[Span]]:
-        import jinja2
+        text, spans = self._fill_in(messages, tools, prompt, marked)
+        if not text.isascii() and not is_text(text):  # in what the template writes of more than the messages
+            raise Unfit("invalid UTF-8", "in the row as the chat template renders it")
+        return text, spans
+
+    def _fill_in(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], prompt: bool, marked: bool
+    ) -> tuple[str, list[Span]]:
         from transformers.utils import chat_template_utils
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -159,7 +166,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **dict(self.special_tokens),
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, and rows hold anything: it can fail in any way
             raise Unfit("the chat template refuses the row", f"{type(error).__name__}: {error}") from None
         return texts[0], [tuple(span) for span in spans[0]] if marked else []
 
@@ -173,8 +180,7 @@ class ChatTemplate:
             Unfit: no turn is trained, or the template gives no way to tell the turns.
         """
         turns = [index for index, trained in enumerate(document.trained) if trained]
-        if not turns:
-            raise Unfit("no assistant turn")
+        trainable(document, "sft")
         if multi_turn != "turns":
             whole = self._whole(document, turns)
             if whole is not None:

@@ -48,6 +48,7 @@ class EncodedBlock(NamedTuple):
 class Tally:
     """What became of a source's rows, counted while they pass."""
 
+    spec: SourceSpec
     rows: int = 0
     documents: int = 0
     tokens: int = 0
@@ -65,10 +66,20 @@ class Tally:
         self.supervised += int(numbers(block.batch.column("supervised"), np.int32).sum())
         self.notes += block.notes
         for bad in block.bad:
-            self.rejected[bad.reason] += 1
-            first = self.first.setdefault(bad.reason, {"places": [], "detail": bad.detail})
-            if len(first["places"]) < 5:
-                first["places"].append(bad.number)
+            self.reject(bad)
+
+    def reject(self, bad: BadRow) -> None:
+        self.rejected[bad.reason] += 1
+        first = self.first.setdefault(bad.reason, {"places": [], "detail": bad.detail})
+        if len(first["places"]) < 5:
+            first["places"].append(self.spec.place(bad))
+
+    def report(self) -> dict[str, Any]:
+        """As plain values."""
+        # Not dataclasses.asdict: before Python 3.12 it turns a Counter into one that counts pairs.
+        counts = {name: value for name, value in vars(self).items() if name != "spec"}
+        plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in counts.items()}
+        return {"counted": self.spec.counted, **plain}
 
     @property
     def hopeless(self) -> bool:
@@ -80,7 +91,7 @@ def tokenise(spec: SourceSpec, encoder: Encoder, folder: Path, workers: Any) -> 
     documents = first_documents(spec)
     if documents:
         encoder.check(documents)
-    tally, total = Tally(), spec.size()
+    tally, total = Tally(spec), spec.size()
     num_workers = num_cores() if workers == "auto" else int(workers)
     with ExitStack() as stack:
         writer = stack.enter_context(pa.ipc.new_file(str(folder / TOKENS), SCHEMA))
@@ -92,9 +103,7 @@ def tokenise(spec: SourceSpec, encoder: Encoder, folder: Path, workers: Any) -> 
             waiting.append(block.batch)
             if len(waiting) == BLOCKS_A_BATCH:
                 write_batches(writer, waiting)
-            for bad in block.bad:
-                record = {"source": spec.name, **bad._asdict()}
-                rejected.write(json.dumps(record, ensure_ascii=True) + "\n")
+            rejected.writelines(line_of(spec, bad) for bad in block.bad)
             progress.advance(block.size)
             if tally.hopeless:
                 break
@@ -106,8 +115,12 @@ def tokenise(spec: SourceSpec, encoder: Encoder, folder: Path, workers: Any) -> 
             f"{next(iter(spec.excluded))!r}, those of the rows like {example!r}. Name the rows' id column by "
             f"{spec.knob}columns.id, or drop the knob."
         )
-    # Not dataclasses.asdict: before Python 3.12 it turns a Counter into one that counts pairs.
-    return {**vars(tally), "notes": dict(tally.notes), "rejected": dict(tally.rejected)}
+    return tally.report()
+
+
+def line_of(spec: SourceSpec, bad: BadRow) -> str:
+    """A rejected row as `rejected.jsonl` lists it."""
+    return json.dumps({"source": spec.name, **bad._asdict()}, ensure_ascii=True) + "\n"
 
 
 def num_cores() -> int:

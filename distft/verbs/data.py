@@ -52,6 +52,10 @@ def main(run: Run, sub: str, rows: int) -> int:
     from rich.console import Console
 
     from distft.cache import cache_folder
+    from distft.data.strict import refuse_bad_rows
+
+    out = cache_folder(run.data) / "rejected" / run.data.name
+    refuse_bad_rows(run, out)
     from distft.data.encode import prepare
     from distft.data.see import report, show_rows
     from distft.data.sources import texts
@@ -63,7 +67,6 @@ def main(run: Run, sub: str, rows: int) -> int:
     tokenizer = load_tokenizer(resolve(run, partial(texts, run)), run)
     if run.objective.name == "sft":
         settle_template(tokenizer, run.data.chat_template)
-    out = cache_folder(run.data) / "rejected" / run.data.name
     with tempfile.TemporaryDirectory(prefix="distft-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         prepared = prepare(run, tokenizer, Path(folder), out, make_encoder)

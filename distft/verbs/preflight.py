@@ -24,6 +24,9 @@ def preflight(run: Run, run_dir: Path) -> None:
     Raises:
         UserMistake: with the knob and the cure.
     """
+    from distft.data.strict import refuse_bad_rows
+
+    refuse_bad_rows(run, run_dir)  # before anything below is imported: torch alone takes seconds
     from distft.checkpoint.resume import refuse_early
     from distft.data.batches import Plan
     from distft.data.encode import prepare, settle_template

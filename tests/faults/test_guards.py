@@ -288,7 +288,7 @@ def check_listed(folder: Path) -> None:
     assert [(record["step"], record["back_to"]) for record in listed] == [(18, 14), (20, 14)]
     for record, row in zip(listed, ("rows:90", "rows:60"), strict=True):
         assert row in record["samples"]
-        assert record["score"] >= 4
+        assert record["score"] >= 2.5
         assert record["loss"] > record["median"]
     ended = result(folder)
     assert ended["steps"] == NUM_STEPS
@@ -325,7 +325,7 @@ def test_warn_skip_and_rollback_on_two_ranks(
     """A rollback that is stopped by its limit and resumed, a skipped update and the run by hand: the same bits."""
     knobs = (*KNOBS, f"strategy={strategy}", f"tuning={tuning}", "launch.ranks=2")
     if tuning == "lora":
-        knobs = (*knobs, "tuning.lora_rank=8", "optim.lr=0.05")
+        knobs = (*knobs, "guard.spike_score=2.5")  # what is frozen is random: the loss hardly falls below the noise's
     name = f"{strategy}-{tuning}"
     back = shop.folder / f"{name}-back"
     code, first = shop.run(back.name, *knobs, "guard.spike=rollback", "guard.max_rollbacks=1")

@@ -447,8 +447,8 @@ def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path, capfd: pytest.C
         (21, "empty", "rows"),
         (151, "broken JSON", "rows"),
     ]
-    assert "3 of 200 rows of rows cannot be used: 2 broken JSON (row 11, 151" in capfd.readouterr().err
-    with pytest.raises(UserMistake, match=r"2 broken JSON \(row 11, 151.*1 empty \(row 21.*data.max_rejected=0.01"):
+    assert "3 of 200 rows of rows cannot be used: 2 broken JSON (line 11, 151" in capfd.readouterr().err
+    with pytest.raises(UserMistake, match=r"2 broken JSON \(line 11, 151.*1 empty \(line 21.*data.max_rejected=0.01"):
         prepared(a_source(tmp_path, rows), byte_level(), tmp_path)
     prepared(a_source(tmp_path, questions(5)), byte_level(), tmp_path)
     assert not (tmp_path / "rejected.jsonl").exists()

@@ -53,7 +53,7 @@ def test_rows_and_report(tmp_path: Path) -> None:
     assert text.count("⟦It is ") == 2
     assert text.count("<|im_end|>■⟧") == 2
     assert f"{data.train[0].lengths.sum():,}" in text
-    assert "rows: 1 rejected: broken JSON (row 41)" in text
+    assert "rows: 1 rejected: broken JSON (line 41)" in text
 
 
 @pytest.mark.parametrize("sub", ["prepare", "show"])

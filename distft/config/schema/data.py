@@ -92,7 +92,12 @@ class Data:
     """Which tokens carry loss."""
 
     max_rejected: float = 0.01
-    """Share of unreadable or untrainable rows past which the run stops."""
+    """Share of unreadable or untrainable rows past which the run stops. 0: one is enough, and rows are looked at for
+    some seconds before the tokenizer is loaded."""
+
+    max_row_bytes: int = 8 * 2**20
+    """Longest row that is used: bytes of a line of JSON, characters of any other row. Longer ones count as rejected and
+    are never held in memory as a whole (lines) nor tokenised."""
 
     workers: Any = "auto"
     """Processes that tokenise; auto: the machine's cores."""
