@@ -34,7 +34,7 @@ def guard_of(spike: str) -> Callable[[World], Call]:
         run.guard.spike = spike
         guard, state = Guard(run, world), TrainState()
         guard.restore([2.0 + number % 7 / 100 for number in range(run.guard.spike_window)])
-        norm, nll = torch.tensor(1.0, device=world.device), torch.tensor([200.0, 0.0], device=world.device)
+        norm, nll = torch.tensor(1.0, device=world.device), torch.tensor([200.0 / world.size, 0.0], device=world.device)
         step = Step(0, (), 100, 100, (100,), (100,), 0)
 
         def call() -> None:

@@ -25,6 +25,7 @@ NEED_RANKS = (
     "tests/faults/test_saves.py",
     "tests/faults/test_full_disk.py",
     "tests/faults/test_many_saves.py",
+    "tests/faults/test_guards.py",
 )
 
 

@@ -548,7 +548,7 @@ def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_refusing_long_rows_stops_the_run(tmp_path: Path) -> None:
     rows = [*questions(400), {"question": "long", "answer": "word " * 300}]  # far fewer than data.max_rejected
     with pytest.raises(
-        UserMistake, match=r"1 rows of rows are longer than data.sequence_length, the first of them row 401"
+        UserMistake, match=r"1 rows of rows are longer than data.sequence_length, the first of them line 401"
     ):
         prepared(a_source(tmp_path, rows, too_long="refuse"), byte_level(), tmp_path)
     assert prepared(a_source(tmp_path, rows, too_long="drop"), byte_level(), tmp_path).reports[0]["documents"] == 400
