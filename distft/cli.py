@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft import __version__, errors
+from distft.config.redact import redact
 from distft.deferred import defer
 from distft.errors import Mistakes, Stop, UserMistake
 from distft.rank import be_rank, in_process, told
@@ -198,7 +199,7 @@ def job(cfg: Any) -> float | None:
     overrides = list(hydra_config.overrides.task)
     if sweeps:
         chosen = [word for word in overrides if word.partition("=")[0].lstrip("+") in swept] or overrides
-        print(f"distft: job {hydra_config.job.num}: {' '.join(chosen)}", flush=True)
+        print(redact(f"distft: job {hydra_config.job.num}: {' '.join(chosen)}"), flush=True)
     try:
         ended_with = start_run(to_run(cfg), command_of(), in_process, folder)
     except Stop as stop:

@@ -100,5 +100,5 @@ def tell_failure(run_dir: Path, error: Exception) -> None:
 def told(stop: Stop) -> int:
     if str(stop):
         sys.stdout.flush()
-        sys.stderr.write(f"distft: {stop}\n")
+        sys.stderr.write(f"distft: {redact(str(stop))}\n")
     return stop.exit_code

@@ -17,6 +17,7 @@ from distft.config.data_rules import data, files, looks_local, sources
 from distft.config.given import all_knobs, ignored, is_default, value_of
 from distft.config.launch_rules import launching
 from distft.config.ranges import RANGES
+from distft.config.redact import redact, redact_tree
 from distft.config.resuming import HASHED
 from distft.config.schema import Run, Source
 from distft.config.schema.strategy import FSDP, ZERO
@@ -44,8 +45,9 @@ def check(run: Run) -> list[str]:
         tracking,
         resuming,
         launching,
+        secrets,
     )
-    return [problem for rule in rules for problem in rule(run)]
+    return [redact(problem) for rule in rules for problem in rule(run)]
 
 
 def settle(run: Run) -> Run:
@@ -289,6 +291,18 @@ def tracking(run: Run) -> Iterator[str]:
         yield from ignored(run, names, f"with log={run.log.tracker} (log=wandb has them)")
 
 
+def secrets(run: Run) -> Iterator[str]:
+    """What must not be written down, since every knob is: in the snapshot, in the tracker, in checkpoints."""
+    for name in all_knobs():
+        value = value_of(run, name)
+        plain = [dataclasses.asdict(source) for source in value] if name == "data.sources" else value
+        if redact_tree(plain) != plain:
+            yield (
+                f"{name} holds what looks like a password, a token or a key, and every knob is written into the run "
+                "folder. Leave it out: HF_TOKEN, WANDB_API_KEY and the like are read from the environment."
+            )
+
+
 def resuming(run: Run) -> Iterator[str]:
     for name in run.resume_allow:
         known = [*all_knobs(), *sections(Run), *HASHED]
@@ -302,5 +316,9 @@ def resuming(run: Run) -> Iterator[str]:
         yield f"resume={run.resume}: there is no such run folder or checkpoint. " + (
             f"Did you mean resume={near}?" if near else "resume=auto looks in run.dir."
         )
+    for name in ("run.dir", "resume"):
+        text = str(value_of(run, name) or "")
+        if not text.isprintable():
+            yield f"{name}={text!r}: a path with line breaks or control characters is refused. Name another folder."
     if run.run.name is not None and not re.fullmatch(r"[\w.+=@-]+", run.run.name):
         yield f"run.name={run.run.name}: it names a folder, so letters, digits and . _ - + = @ are wanted."

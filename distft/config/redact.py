@@ -9,14 +9,16 @@ from typing import Any
 HIDDEN = "[secret]"
 _NAMES = {"APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASSWD", "PASSWORD", "PAT", "SECRET", "TOKEN"}
 _SHAPES = re.compile(
+    r"(?<![A-Za-z0-9])(?:"  # not the end of a word, such as `task-…`
     r"hf_[A-Za-z0-9]{20,}"  # Hugging Face
     r"|wandb_v\d_[A-Za-z0-9_]{20,}"  # Weights & Biases; older keys are bare hex, like a commit
-    r"|sk-[A-Za-z0-9_-]{20,}"  # OpenAI, Anthropic and others
+    r"|sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"  # OpenAI, Anthropic and others; words alone are a name
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS
     r"|AIza[\w-]{35}"  # Google
     r"|xox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"  # a JSON web token
+    r")"
     r"|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"  # user:password of an address
 )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft.errors import BUG, Stalled, Stop, UserMistake
-from distft.launch.topology import Place
+from distft.launch.topology import Place, checked_host
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -45,7 +45,7 @@ def connect(place: Place, seconds: float) -> Store:
 
     # torchrun serves the store itself; all ranks are its clients.
     serves = place.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
+    address, port = checked_host(os.environ.get("MASTER_ADDR", "127.0.0.1")), os.environ.get("MASTER_PORT", "")
     if not port.isdigit():
         raise UserMistake("RANK is set, but not MASTER_PORT. Start ranks with a launcher: deepspeed, torchrun or srun.")
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from distft import errors
 from distft.config.check import check, settle, with_absolute_paths
+from distft.config.redact import redact
 from distft.config.schema import Run
 from distft.errors import Mistakes
 from distft.launch import deadline, output
@@ -62,7 +63,9 @@ def start_run(
     if run.launch.dry_run:
         commands = [verb_command("preflight", str(snapshot))]
         commands += worker_commands(run.launch.engine, size, snapshot, resume)
-        print("\n".join([f"# {run_dir} holds the configuration. What would be started:", *map(str, commands)]))
+        # A line break would end the comment, and what follows it be a command.
+        name = "".join(letter if letter.isprintable() else "?" for letter in str(run_dir))
+        print("\n".join([f"# {name} holds the configuration. What would be started:", *map(str, commands)]))
         return errors.DONE
     if alone:
         output.keep(run_dir, 0)
@@ -141,7 +144,8 @@ def in_sweep(run: Run, job_folder: Path) -> Run:
 def note_job(sweep_dir: Path, job: int, overrides: Sequence[str], run_dir: Path, code: int) -> float | None:
     """Write down how a job of a sweep ended. Returns the sweeper's objective, None where there is none."""
     value = objective(run_dir) if code == errors.DONE else None
-    record = {"job": job, "overrides": list(overrides), "folder": str(run_dir), "exit_code": code, "objective": value}
+    told = [redact(word) for word in overrides]
+    record = {"job": job, "overrides": told, "folder": str(run_dir), "exit_code": code, "objective": value}
     with (sweep_dir / JOBS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record) + "\n")
     return value

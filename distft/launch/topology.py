@@ -13,6 +13,8 @@ from pathlib import Path
 
 from distft.errors import UserMistake
 
+HOST = re.compile(r"[A-Za-z0-9_:][\w.:-]*", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -70,9 +72,23 @@ def slurm_environment(place: Place, environment: Mapping[str, str]) -> dict[str,
         "WORLD_SIZE": str(place.size),
         "LOCAL_RANK": str(place.local_rank),
         "LOCAL_WORLD_SIZE": str(place.local_size),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or (first[0] if first else "127.0.0.1"),
+        "MASTER_ADDR": checked_host(environment.get("MASTER_ADDR") or (first[0] if first else "127.0.0.1")),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(15000 + number % 15000),
     }
+
+
+def checked_host(name: str) -> str:
+    """A host's name or address, of which other programs make arguments.
+
+    Raises:
+        UserMistake: it holds more than letters, digits and `. _ : -`, or begins like an option.
+    """
+    if not HOST.fullmatch(name):
+        raise UserMistake(
+            f"{name!r} is no host name: letters, digits and . _ : - are wanted, the first no dash. Correct the list of "
+            "hosts (MASTER_ADDR, Slurm's SLURM_JOB_NODELIST or the hostfile)."
+        )
+    return name
 
 
 def hosts_of(nodelist: str) -> list[str]:

@@ -21,6 +21,7 @@ from distft.weights.write import fsync, hash_file
 
 PROOF_FILE = "distft.json"
 FORMAT = 1
+SEAL = ',\n "xxh3_128": "'
 MOST_BYTES = 64 * 1024**2  # of a JSON file that is read whole
 TOKENIZER_PARTS = (*TOKENIZER_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -43,9 +44,8 @@ class Proof:
     format: int = FORMAT
 
     def text(self) -> str:
-        """JSON that carries its own hash."""
-        values = dataclasses.asdict(self)
-        return json.dumps({**values, "xxh3_128": digest_of(values)}, indent=1) + "\n"
+        """JSON that carries the hash of its own text as its last entry."""
+        return sealed(json.dumps(dataclasses.asdict(self), indent=1).removesuffix("\n}"))
 
     def recorded(self) -> Recorded | None:
         return Recorded.of_json(self.prompts) if self.prompts else None
@@ -63,10 +63,11 @@ class Proof:
         try:
             if path.stat().st_size > MOST_BYTES:
                 raise NegativeVerdict(f"{path} has {path.stat().st_size:,} bytes: distft writes none of that size.")
-            values = json.loads(path.read_text(encoding="utf-8"))
-            digest = values.pop("xxh3_128")
-            if digest != digest_of(values):
+            text = path.read_bytes().decode()
+            if text != sealed(text.rpartition(SEAL)[0]):
                 raise NegativeVerdict(f"{path} was changed since it was written.")
+            values = json.loads(text)
+            del values["xxh3_128"]
             if values["format"] != FORMAT:
                 raise NegativeVerdict(f"{path} has format {values['format']}; this version reads {FORMAT}.")
             proof = cls(**values)
@@ -76,8 +77,8 @@ class Proof:
             raise NegativeVerdict(f"{path} is not what distft writes ({type(error).__name__}: {error}).") from None
 
 
-def digest_of(values: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+def sealed(body: str) -> str:
+    return f'{body}{SEAL}{xxhash.xxh3_128_hexdigest(body.encode())}"\n}}\n'
 
 
 def tokenizer_hash(folder: Path) -> str:
