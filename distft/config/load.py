@@ -167,7 +167,23 @@ def compose(argv: Sequence[str], verb: str = "train") -> Composed:
         quoted = sweep_dir.replace("\\", "\\\\").replace("'", "\\'")
         hydra_argv = [text for text in hydra_argv if not text.startswith("hydra.sweep.dir=")]
         hydra_argv.append(f"hydra.sweep.dir='{quoted}'")
+    refuse_trust(line, cfg)
     return Composed(to_run(cfg), line.overrides, line.config_name, line, hydra_argv, sweep_dir)
+
+
+def refuse_trust(line: CommandLine, cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserMistake: a file outside conf/ says that a model's own code is to be run; only who types may say that.
+    """
+    name = "model.trust_remote_code"
+    if line.config_dir is None or not OmegaConf.select(cfg, name):
+        return
+    if not any(override.key_or_group == name for override in line.parsed):
+        raise UserMistake(
+            f"{name}=true comes from a file in {line.config_dir}. It runs code of the model: read that code, then add "
+            f"{name}=true to the command line."
+        )
 
 
 def primary_of(line: CommandLine, verb: str) -> str:

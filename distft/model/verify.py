@@ -55,8 +55,11 @@ def verify_folder(
     for what, check in CHECKS.items():
         try:
             found = list(check(subject))
-        except Stop as error:
-            found = [Finding(what, False, str(error))]
+        except Exception as error:  # whatever a folder of somebody's making leads a library to
+            said = str(error) if isinstance(error, Stop) else f"{folder}: {type(error).__name__}: {error}"
+            found = [Finding(what, False, said)]
+            if what == "files":  # nothing more is made of a folder that is refused
+                return [*findings, *found]
         subject.damaged |= what in ("files", "weights") and any(one.passed is False for one in found)
         findings += found
     return findings

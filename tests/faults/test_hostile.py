@@ -253,6 +253,14 @@ def test_python_named_by_a_configuration(canary: Path, tmp_path: Path, capsys: p
         assert "Traceback" not in said
     assert not canary.exists()
 
+    trusting = tmp_path / "conf" / "experiment" / "trusting.yaml"
+    (mine / "evil.yaml").unlink()
+    trusting.write_text("# @package _global_\nmodel:\n  name: hf\n  path: a/b\n  trust_remote_code: true\n")
+    words = [f"--config-dir={tmp_path / 'conf'}", "experiment=trusting", "launch.dry_run=true", f"run.dir={tmp_path}/d"]
+    assert command(["train", *words]) == USER_MISTAKE
+    assert "add model.trust_remote_code=true to the command line" in capsys.readouterr().err
+    assert command(["train", *words, "model.trust_remote_code=true"]) == DONE
+
 
 def started(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
