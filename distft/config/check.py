@@ -17,7 +17,7 @@ from distft.config.data_rules import data, files, looks_local, sources
 from distft.config.given import all_knobs, ignored, is_default, value_of
 from distft.config.launch_rules import launching
 from distft.config.ranges import RANGES
-from distft.config.redact import redact, redact_tree
+from distft.config.redact import redact
 from distft.config.resuming import HASHED
 from distft.config.schema import Run, Source
 from distft.config.schema.strategy import FSDP, ZERO
@@ -45,9 +45,9 @@ def check(run: Run) -> list[str]:
         tracking,
         resuming,
         launching,
-        secrets,
     )
-    return [redact(problem) for rule in rules for problem in rule(run)]
+    hidden = list(secrets(run))  # alone: what else is wrong would repeat the value
+    return hidden or [problem for rule in rules for problem in rule(run)]
 
 
 def settle(run: Run) -> Run:
@@ -296,7 +296,7 @@ def secrets(run: Run) -> Iterator[str]:
     for name in all_knobs():
         value = value_of(run, name)
         plain = [dataclasses.asdict(source) for source in value] if name == "data.sources" else value
-        if redact_tree(plain) != plain:
+        if redact(str(plain)) != str(plain):
             yield (
                 f"{name} holds what looks like a password, a token or a key, and every knob is written into the run "
                 "folder. Leave it out: HF_TOKEN, WANDB_API_KEY and the like are read from the environment."

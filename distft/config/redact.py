@@ -19,7 +19,7 @@ _SHAPES = re.compile(
     r"|xox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"  # a JSON web token
     r")"
-    r"|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"  # user:password of an address
+    r"|(?:(?<=://)|(?<=:/))[^/\s:@]+:[^/\s:@]+(?=@)"  # user:password of an address, also one taken for a path
 )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distft.config.diagnose import problems_of
+from distft.config.foreign import pairs_of
 from distft.config.given import all_knobs
 from distft.config.schema import Run
 from distft.errors import Mistakes, UserMistake
@@ -86,6 +88,9 @@ def read_snapshot(path: Path) -> Run:
         values = OmegaConf.load(path)
         assert isinstance(values, DictConfig)
         values.pop("defaults", None)
+        tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if any(key == "_target_" for key, _ in pairs_of(tree)):
+            raise UserMistake(f"{path} has `_target_`, which names Python: configuration never does. Remove it.")
         problems = problems_of(values, Run)
         if problems:
             raise Mistakes([f"{path}: {problem}" for problem in problems])

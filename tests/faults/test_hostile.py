@@ -241,7 +241,7 @@ def test_python_named_by_a_configuration(canary: Path, tmp_path: Path, capsys: p
     snapshot = tmp_path / "run" / "config.yaml"
     snapshot.write_text("# A distft run, whole.\n" + TARGET.format(canary))
     for words in (
-        ["train", f"+data.columns._target_=os.system max_steps=1 run.dir={tmp_path / 'a'}"],
+        ["train", "+data.columns._target_=os.system", f"run.dir={tmp_path / 'a'}"],
         ["train", f"--config-dir={tmp_path / 'conf'}", "experiment=evil", f"run.dir={tmp_path / 'b'}"],
         ["train", f"--config-dir={tmp_path / 'run'}", "--config-name=config", f"run.dir={tmp_path / 'c'}"],
         ["train", f"--snapshot={snapshot}"],
@@ -327,10 +327,10 @@ def test_a_secret_in_a_knob_is_refused_and_never_shown(
 
 @pytest.mark.trial(TRIAL)
 def test_no_secret_in_any_file_log_tracker_or_command_line(tmp_path: Path) -> None:
-    """A run of two ranks with secrets around it: everything that it writes and every process that it starts."""
+    """A run with secrets around it: everything that it writes and every process that it starts."""
     shop = Shop.open(tmp_path)
     seen: set[str] = set()
-    words = ("strategy=ddp", "launch.ranks=2", "max_steps=3", "log=wandb")
+    words = ("strategy=ddp", "launch.max_restarts=1", "max_steps=2", "log=wandb")
     with shop.start("run", *words, **SECRETS, WANDB_MODE="offline") as run:
         while run.process.poll() is None:
             for process in [psutil.Process(run.process.pid), *psutil.Process(run.process.pid).children(recursive=True)]:
@@ -341,7 +341,7 @@ def test_no_secret_in_any_file_log_tracker_or_command_line(tmp_path: Path) -> No
             time.sleep(0.1)
         code, text = run.end()
     assert code == DONE, text
-    assert len(seen) >= 3, seen  # the controller and its ranks were watched
+    assert {"preflight", "train"} <= {word for line in seen for word in line.split()}, seen  # its children were seen
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.yaml", "command.txt", "environment.txt", "metrics.jsonl"} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
