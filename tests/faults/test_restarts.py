@@ -7,6 +7,7 @@ import random
 import re
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from distft import errors
 from tests.faults.planted import plant
 from tests.faults.runs import Shop, Started, final_weights, records, result
+from tests.faults.test_signals import STOPPED, stop
 
 KILLED = "kill -9 one rank at a random step, 20 times in one run with restarts"
 PORT = "the port taken"
@@ -119,24 +121,66 @@ def change(loop):
 """
 
 
+@dataclass
+class Eventful:
+    """One run with three events: a killed rank, one that raises, and SIGTERM to all; then resumed and left alone."""
+
+    folder: Path
+    codes: tuple[int, int]
+    texts: tuple[str, str]
+    pids: set[int]
+    stopped_at: int
+    status: str
+
+
+NUM_STEPS, RAISES_AT = 200, 60
+
+
+@pytest.fixture(scope="module")
+def eventful(shop: Shop) -> Eventful:
+    name, pids = "eventful", set[int]()
+    mark = str(shop.folder / "raised")
+    fault = plant(shop.folder / "fault", RAISES_ONCE.format(mark=mark, at=RAISES_AT), "distft.loop")
+    with shop.start(name, *words("fsdp", "full", NUM_STEPS, max_restarts=2), **fault) as started:
+        trained(started, pids, 0)[0].kill()
+        started.wait_for_step(RAISES_AT + 10)
+        ranks = started.ranks()
+        pids |= {rank.pid for rank in ranks}
+        stop(started, "all")
+        first = started.end()
+    ended = result(shop.folder / name)
+    second = shop.run(name, *words("fsdp", "full", NUM_STEPS))
+    codes, texts = zip(first, second, strict=True)
+    return Eventful(shop.folder / name, codes, texts, pids, ended["steps"], ended["status"])
+
+
 @pytest.mark.trial(KILLED)
-def test_a_killed_rank_then_one_that_raises(shop: Shop) -> None:
-    """The survivor's broken connection is not what is named, and the second start ends as if nothing had been."""
-    name, known = "two-deaths", set[int]()
-    fault = plant(shop.folder / "fault", RAISES_ONCE.format(mark=str(shop.folder / "raised"), at=25), "distft.loop")
-    with shop.start(name, *words("fsdp", "full", 120, max_restarts=2), **fault) as started:
-        trained(started, known, 0)[0].kill()
-        code, text = started.end()
-    assert code == errors.DONE, text
+def test_a_killed_rank_then_one_that_raises(eventful: Eventful) -> None:
+    """Each is named, not the survivor with its broken connection, and each start goes on from the last checkpoint."""
+    text = eventful.texts[0]
     assert f"distft: rank 0 on {HERE} was ended by SIGKILL" in text
     assert f"distft: rank 1 on {HERE} failed with ValueError: planted in rank 1 (" in text
-    first, second = restarts(shop.folder / name)
+    first, second = restarts(eventful.folder)
     assert (first["rank"], second["rank"]) == (0, 1)
-    assert 0 < first["step"] < second["step"]
-    assert second["step"] <= 25
-    nothing_is_left(shop.folder / name, known)
-    assert [record["step"] for record in records(shop.folder / name)] == [*range(1, 121)]
-    assert final_weights(shop.folder / name) == whole(shop, "fsdp", "full", 120)
+    assert 0 < first["step"] < second["step"] <= RAISES_AT
+    nothing_is_left(eventful.folder, eventful.pids)
+
+
+@pytest.mark.trial(STOPPED)
+def test_a_signal_to_all_saves_one_agreed_step(eventful: Eventful) -> None:
+    """The controller alone is stopped in tests/entry, each target under each engine in the longer form."""
+    assert eventful.codes[0] == errors.SAVED_AFTER_SIGNAL, eventful.texts[0]
+    assert eventful.status == "saved_after_signal"
+    step = eventful.stopped_at
+    assert f"Stopped by SIGTERM after step {step}; the checkpoint of this step is complete." in eventful.texts[0]
+    assert f"Going on after step {step} of {NUM_STEPS}" in eventful.texts[1]
+
+
+@pytest.mark.trial(KILLED)
+def test_the_run_ends_as_if_nothing_had_been(shop: Shop, eventful: Eventful) -> None:
+    assert eventful.codes[1] == errors.DONE, eventful.texts[1]
+    assert [record["step"] for record in records(eventful.folder)] == [*range(1, NUM_STEPS + 1)]
+    assert final_weights(eventful.folder) == whole(shop, "fsdp", "full", NUM_STEPS)
 
 
 ALWAYS_DIES = """

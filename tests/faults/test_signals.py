@@ -60,12 +60,6 @@ def stopped_and_resumed(shop: Shop, strategy: str, targets: list[str], num_steps
 
 
 @pytest.mark.trial(STOPPED)
-def test_sigterm_is_agreed_on_saved_and_resumed(shop: Shop) -> None:
-    """The controller alone is stopped in tests/entry."""
-    stopped_and_resumed(shop, "fsdp", ["rank", "all"], 300)
-
-
-@pytest.mark.trial(STOPPED)
 @pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
 def test_sigterm_to_each_target(shop: Shop, strategy: str, tmp_path: Path) -> None:
