@@ -197,8 +197,9 @@ class Fit:
         nll = torch.zeros(len(self.source_names) + 1, device=world.device)  # by source, then the auxiliary loss
         for index, batch in enumerate(step.micro_batches):
             # Random numbers depend on the micro-batch alone, so that neither resuming nor the world size changes them.
-            first_bin = step.first_bin + world.data_rank + world.data_size * config.batch.micro_size * index
-            seed_everything(seed_of(config.seed, self.state.step, first_bin))
+            number, part = step.place(index)
+            first_bin = step.first_bin + world.data_rank + world.data_size * config.batch.micro_size * number
+            seed_everything(seed_of(config.seed, self.state.step, first_bin, *([part] if part else [])))
             request = LossRequest(
                 batch.to(world.device),
                 scale=1 / max(1, step.num_supervised),

@@ -36,6 +36,7 @@ RANGES: dict[str, Range] = {
     "schedule.decay": SHARE,
     "batch.global_size": COUNT,
     "batch.micro_size": COUNT,
+    "batch.pass_tokens": COUNT,
     "activation.budget": POSITIVE,
     "eval.every": NATURAL,
     "eval.samples": NATURAL,

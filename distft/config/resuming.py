@@ -34,6 +34,7 @@ HARMLESS = (
     "epochs",
     "max_steps",
     "batch.micro_size",
+    "batch.pass_tokens",
     "data.packing",
     "model.attention",
     "model.kernels",

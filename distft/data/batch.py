@@ -71,6 +71,11 @@ class Step:
     source_supervised: tuple[int, ...]  # supervised tokens by source over all ranks
     source_tokens: tuple[int, ...]  # real tokens by source over all ranks
     first_bin: int  # number of the step's first bin in the whole run: seeds the step's random numbers
+    parts: tuple[tuple[int, int], ...] = ()  # of each pass: its micro-batch, and which part of it
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which micro-batch the forward pass `index` belongs to, and which part of it it is."""
+        return self.parts[index] if self.parts else (index, 0)
 
     @property
     def left_out(self) -> bool:

@@ -99,7 +99,7 @@ class Plan:
 
     Args:
         sources: tokenised sources; their order is part of the plan.
-        batch: `global_size` bins a step over all ranks, `micro_size` bins a micro-batch.
+        batch: `global_size` bins a step over all ranks, `micro_size` bins a micro-batch, `pass_tokens` a forward pass.
         sequence_length: positions of a bin.
         packed: lay the documents of a micro-batch into one row, or one document a row. The documents are the same.
         data_rank, data_size: this rank's share of a step is bins data_rank::data_size.
@@ -198,20 +198,58 @@ class Plan:
         own = bins[self.data_rank :: self.data_size]
         most = -(-len(bins) // self.data_size)  # bins of the rank that has most
         num_micro_batches = -(-most // size)
-        chunks = [own[size * number : size * (number + 1)] for number in range(num_micro_batches)]
+        chunks = [chain(own[size * number : size * (number + 1)]) for number in range(num_micro_batches)]
+        parts: tuple[tuple[int, int], ...] = ()
+        if self.batch.pass_tokens is not None:
+            chunks, parts = self._passes(bins, num_micro_batches)
         supervised, tokens = [0] * len(self.sources), [0] * len(self.sources)
         for source, row in (place for documents in bins for place in documents):
             supervised[source] += int(self.sources[source].supervised[row])
             tokens[source] += int(self.sources[source].lengths[row])
         return Step(
             index=index,
-            micro_batches=tuple(self._batch([place for documents in chunk for place in documents]) for chunk in chunks),
+            micro_batches=tuple(map(self._batch, chunks)),
             num_supervised=sum(supervised),
             num_tokens=sum(tokens),
             source_supervised=tuple(supervised),
             source_tokens=tuple(tokens),
             first_bin=first_bin,
+            parts=parts,
         )
+
+    def _passes(
+        self, bins: list[list[Place]], num_micro_batches: int
+    ) -> tuple[list[list[Place]], tuple[tuple[int, int], ...]]:
+        """This rank's micro-batches in passes of at most `batch.pass_tokens`, and the place of each pass.
+
+        All ranks take as many passes as the one that needs most: each knows the lengths of all documents.
+        """
+        size, passes, parts = self.batch.micro_size, [], []
+        for number in range(num_micro_batches):
+            of_ranks = []
+            for rank in range(self.data_size):
+                taken = bins[rank :: self.data_size][size * number : size * (number + 1)]
+                of_ranks.append(self._split(chain(taken)))
+            own = of_ranks[self.data_rank]
+            for part in range(max(1, max(map(len, of_ranks)))):
+                passes.append(own[part] if part < len(own) else [])
+                parts.append((number, part))
+        return passes, tuple(parts)
+
+    def _split(self, documents: list[Place]) -> list[list[Place]]:
+        """Documents in their order, so many together as `batch.pass_tokens` allows; padding counts."""
+        assert self.batch.pass_tokens is not None
+        passes: list[list[Place]] = []
+        longest = tokens = 0
+        for source, row in documents:
+            length = int(self.sources[source].lengths[row])
+            longest = max(longest, length)
+            tokens = tokens + length if self.packed else longest * (len(passes[-1]) + 1 if passes else 1)
+            if not passes or tokens > self.batch.pass_tokens:
+                passes.append([])
+                longest = tokens = length
+            passes[-1].append((source, row))
+        return passes
 
     def _batch(self, documents: list[Place]) -> Batch:
         """Lay documents out; none at all where this rank has no bin left."""
@@ -219,6 +257,11 @@ class Plan:
             return Batch.empty()
         rows = [self.sources[source].row(row) for source, row in documents]
         return (lay_packed if self.packed else lay_one_a_row)(rows, documents)
+
+
+def chain(bins: Iterable[list[Place]]) -> list[Place]:
+    """The documents of several bins, one behind the other."""
+    return [place for documents in bins for place in documents]
 
 
 def _layout(rows: list[tuple[np.ndarray, np.ndarray]], documents: list[Place], offsets: np.ndarray) -> dict[str, Any]:

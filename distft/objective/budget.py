@@ -81,14 +81,17 @@ def choose(
 def largest(plan: Plan) -> Shape:
     """Of this rank's micro-batches. One document a row: as the first epoch's bins are."""
     size = min(plan.batch.micro_size, -(-plan.batch.global_size // plan.data_size))
+    most = plan.batch.pass_tokens or size * plan.sequence_length
     if plan.packed:
-        return Shape(1, size * plan.sequence_length, True)
+        longest = max(int(np.asarray(source.lengths).max(initial=2)) for source in plan.sources)
+        return Shape(1, min(size * plan.sequence_length, max(most, longest)), True)
     num_rows, columns = [0], 0
     for index, source in enumerate(plan.sources):
         bins = plan.bins(index, 0)
         num_rows += np.diff(bins.starts).tolist()
         columns = max(columns, int(np.asarray(source.lengths)[bins.items].max(initial=2)))
-    return Shape(sum(sorted(num_rows)[-size:]), columns, False)
+    rows = sum(sorted(num_rows)[-size:])
+    return Shape(min(rows, max(1, most // columns)) if plan.batch.pass_tokens else rows, columns, False)
 
 
 def footprint(

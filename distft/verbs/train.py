@@ -273,8 +273,10 @@ class Job:
         from distft.model.decode import stop_ids
         from distft.model.final import check_final, save_final
         from distft.model.probe import prompt_ids
+        from distft.perf import give_back
 
         heartbeat.mark("final")
+        give_back()  # the model is read back beside the trained one
         run, strategy, world = self.run, self.strategy, self.world
         if status == "early_stopped" and state.best_step not in (None, state.step):
             best = step_folder(self.run_dir, state.best_step)

@@ -54,9 +54,9 @@ def test_the_curve_is_the_one_in_git(tmp_path: Path, golden: dict[str, list[floa
     "overrides",
     [
         ("strategy=zero2", "launch.ranks=2", "batch.micro_size=1"),
-        ("strategy=fsdp", "launch.ranks=2", "data.packing=false"),
+        ("strategy=fsdp", "launch.ranks=2", "data.packing=false", "batch.pass_tokens=70"),
     ],
-    ids=["zero2-2-ranks", "fsdp-2-ranks-unpacked"],
+    ids=["zero2-2-ranks", "fsdp-2-ranks-unpacked-in-passes"],
 )
 def test_engine_ranks_and_layout_do_not_move_it(
     tmp_path: Path, golden: dict[str, list[float]], overrides: tuple[str, ...]

@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 def plan_of(data: PreparedData, rank: int = 0, size: int = 1, **changes: Any) -> Plan:
-    batch = BatchConfig(changes.pop("global_size", 6), changes.pop("micro_size", 1))
+    batch = BatchConfig(changes.pop("global_size", 6), changes.pop("micro_size", 1), changes.pop("pass_tokens", None))
     sources = changes.pop("sources", data.train)
     return Plan(sources, batch, LENGTH, changes.pop("seed", 3), changes.pop("packed", True), rank, size)
 
@@ -114,6 +114,29 @@ def test_any_number_of_ranks_shares_the_same_global_batch(data: PreparedData, si
     assert tuple(by_source.tolist()) == alone.source_supervised
     if size == 8:  # six bins: two ranks run an empty micro-batch
         assert sum(batch.num_tokens == 0 and batch.num_supervised == 0 for batch in batches) == 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
+def test_passes_cut_micro_batches_between_documents(data: PreparedData, packed: bool, pass_tokens: int) -> None:
+    changes: dict[str, Any] = {"micro_size": 2, "packed": packed}
+    for rank in range(2):
+        whole = plan_of(data, rank, 2, **changes).step(4)
+        cut, others = (plan_of(data, r, 2, pass_tokens=pass_tokens, **changes).step(4) for r in (rank, 1 - rank))
+        assert documents_of(cut) == documents_of(whole)
+        assert len(cut.micro_batches) == len(others.micro_batches)
+        assert (cut.num_supervised, cut.num_tokens) == (whole.num_supervised, whole.num_tokens)
+        for batch in cut.micro_batches:
+            assert batch.input_ids.numel() <= pass_tokens or len(batch.documents) < 2
+        places = [cut.place(index) for index in range(len(cut.micro_batches))]
+        assert len(set(places)) == len(places), "passes with the same place would draw the same random numbers"
+        for number, batch in enumerate(whole.micro_batches):
+            parts = [part for part, place in zip(cut.micro_batches, places, strict=True) if place[0] == number]
+            assert [document for part in parts for document in part.documents] == list(batch.documents)
+        if pass_tokens == 100_000:
+            assert equal(cut, whole)
+        else:
+            assert len(cut.micro_batches) > len(whole.micro_batches)
 
 
 def test_steps_can_be_asked_for_in_any_order(data: PreparedData) -> None:

@@ -129,7 +129,9 @@ def test_wrong_types_and_unknown_keys_and_choices_come_together() -> None:
 
 
 def test_a_section_is_not_a_value() -> None:
-    assert problems("batch=3") == ["batch=3: batch is a section. Set one of batch.global_size, batch.micro_size."]
+    assert problems("batch=3") == [
+        "batch=3: batch is a section. Set one of batch.global_size, batch.micro_size, batch.pass_tokens."
+    ]
 
 
 def test_several_values_need_the_sweep_flag() -> None:

@@ -50,6 +50,10 @@ class Batch:
     micro_size: int = 1
     """Bins in one forward pass of one rank."""
 
+    pass_tokens: int | None = None
+    """Most tokens in one forward pass, padding counted: a micro-batch of more is taken in several passes, cut between
+    documents. Same loss, less memory for activations. Not set: a micro-batch is one pass."""
+
 
 @dataclass
 class Activation:
