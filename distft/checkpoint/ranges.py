@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from distft import heartbeat
 from distft.checkpoint.layout import Damaged, FileRecord, Manifest
 from distft.strategy.base import Shard
 from distft.weights.write import hash_file
+
+PART = 1 << 26  # bytes of a file compared at a time
 
 
 def key_of(shard: Shard) -> str:
@@ -192,15 +194,35 @@ def _copy_overlap(file: Any, key: str, start: int, shard: Shard) -> int:
 
 
 def differing(path: Path, shards: Sequence[Shard]) -> list[str]:
-    """Keys whose values in the file differ in any bit from `shards`, which are what was written into it."""
+    """Keys whose values in the file differ in any bit from `shards`, which are what was written into it.
+
+    What was read of a mapped file counts as this process's memory until the file is closed, so it is opened anew for
+    every part of it.
+    """
     different = []
-    with safe_open(path, framework="pt") as file:
-        for shard in shards:
-            heartbeat.beat()
-            stored: Tensor = file.get_tensor(key_of(shard))
-            if not equal_bits(stored, shard.tensor):
-                different.append(key_of(shard))
+    for part in parts_of(shards):
+        with safe_open(path, framework="pt") as file:
+            for shard in part:
+                heartbeat.beat()
+                stored: Tensor = file.get_tensor(key_of(shard))
+                if not equal_bits(stored, shard.tensor):
+                    different.append(key_of(shard))
+                del stored
     return different
+
+
+def parts_of(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    """Shards in their order, PART bytes or one shard at a time."""
+    part: list[Shard] = []
+    num_bytes = 0
+    for shard in shards:
+        part.append(shard)
+        num_bytes += 4 * shard.tensor.numel()
+        if num_bytes >= PART:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
