@@ -30,7 +30,7 @@ from typing import Any
 
 import peers_environments
 from adapters import Work
-from peers_cases import BARS, PADDED_ROWS, Case, cells, toy
+from peers_cases import BARS, LEAN, PADDED_ROWS, Case, cells, toy
 from peers_figures import Entry, bar_lines, cell_ratio, table
 from peers_measure import Measured, run, settings_of
 
@@ -114,11 +114,13 @@ def entrants(case: Case, given: argparse.Namespace) -> list[tuple[str, str]]:
     unknown = [name for name in only if name not in case.entrants]
     if unknown:
         raise SystemExit(f"--programs: unknown {', '.join(unknown)}; known: {', '.join(case.entrants)}")
+    weighed = given.bars and any(bar.case == case.name and bar.measure == "memory" for bar in BARS)
     return [
         (program, setting)
         for program, settings in case.entrants.items()
         if program in only
-        for setting in (settings if given.every_setting else settings[:1])
+        for setting in settings
+        if given.every_setting or setting == settings[0] or (weighed and setting == LEAN.get(program))
     ]
 
 

@@ -57,14 +57,18 @@ def fastest_settings(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def bar_ratio(bar: Bar, entries: Sequence[Entry]) -> tuple[float, Entry] | None:
-    """Ours to the best of those that the bar names, all at their fastest setting; None: not measured."""
-    here = [entry for entry in fastest_settings(entries) if entry.case == bar.case]
+    """Ours to the best of those that the bar names; None: not measured.
+
+    All at their fastest setting, or, where memory is compared, at their leanest.
+    """
+    chosen = entries if bar.measure == "memory" else fastest_settings(entries)
+    here = [entry for entry in chosen if entry.case == bar.case]
     ours = [entry for entry in here if entry.program == "distft"]
     theirs = [entry for entry in here if entry.program in bar.against]
     if not ours or not theirs:
         return None
     rival = best(theirs, bar.measure)
-    return ours[0].median(bar.measure) / rival.median(bar.measure), rival
+    return best(ours, bar.measure).median(bar.measure) / rival.median(bar.measure), rival
 
 
 def cell_ratio(case: str, entries: Sequence[Entry]) -> float | None:
