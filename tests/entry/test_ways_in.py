@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,27 +260,3 @@ def test_dry_run_prints_commands_that_can_be_copied(run: Runner, shop: Path, one
         copied = run(["sh", "-c", command])
         assert copied.code == 0, copied.err
     assert losses(dry.folder) == losses(one_rank.folder)
-
-
-def test_sigterm_saves_on_all_ranks(shop: Path, tmp_path: Path) -> None:
-    command = [
-        *PYTHON,
-        *words(shop, "launch.ranks=2", "max_steps=100000", f"run.dir={tmp_path / 'run'}", "log.every=1"),
-    ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(shop), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count('"train"') >= 2:
-            break
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == errors.SAVED_AFTER_SIGNAL, text
-    assert "checkpoint" in text
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "saved_after_signal"
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert shlex.quote(str(tmp_path / "run")) not in left, "no rank is left"
