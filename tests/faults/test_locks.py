@@ -181,13 +181,14 @@ def test_a_holder_renews_its_lock_and_notices_that_it_was_taken(
 
 @pytest.mark.trial(TRIAL)
 @pytest.mark.parametrize(
-    "knobs",
-    [["launch.ranks=1"], *(pytest.param([f"launch.ranks=2 launch.engine={engine}"], marks=pytest.mark.thorough)
-                           for engine in ("direct", "deepspeed", "torchrun"))],
+    ("num_ranks", "engine"),
+    [(1, "direct"), *(pytest.param(2, engine, marks=pytest.mark.thorough)
+                      for engine in ("direct", "deepspeed", "torchrun"))],
 )  # fmt: skip
-def test_two_launches_on_one_folder(tmp_path: Path, knobs: list[str]) -> None:
+def test_two_launches_on_one_folder(tmp_path: Path, num_ranks: int, engine: str) -> None:
     shop = Shop.open(tmp_path)
-    words = ["strategy=ddp", "max_steps=100000", "checkpoint.every=5", *knobs[0].split()]
+    words = ["strategy=ddp", "max_steps=100000", "checkpoint.every=5", f"launch.ranks={num_ranks}",
+             f"launch.engine={engine}"]  # fmt: skip
     with shop.start("one", *words) as first:
         first.wait_for((first.folder / "checkpoints" / "latest").exists)
         before = sorted(path.name for path in first.folder.glob("config*"))
