@@ -48,8 +48,7 @@ def write(
     results = ranks.gather(result)
     failed = {rank: one for rank, one in enumerate(results) if isinstance(one, Problem)}
     if failed:
-        if ranks.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+        ranks.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # gone before any rank tells
         reasons = "; ".join(f"rank {rank}: {one.text}" for rank, one in list(failed.items())[:3])
         raise refusal(run_dir, step, gravest(list(failed.values())), reasons)
 
