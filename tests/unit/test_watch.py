@@ -19,6 +19,40 @@ from distft.launch.failure import End, Failure
 from distft.launch.stop import Requests, Signals
 from distft.launch.watch import ending, kill_groups, watch
 
+RANK = """
+import ctypes, threading
+from distft.launch import stop
+stop.SAME_REQUEST_SECONDS = 0.5
+flag = stop.StopFlag()
+def tell():
+    while not any(flag()):
+        pass
+    print(flag(), flush=True)
+threading.Thread(target=tell, daemon=True).start()
+print("listens", flush=True)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+libc.pthread_mutex_lock(mutex)  # as in a collective, this thread runs no Python instruction any more
+"""
+
+
+def test_a_rank_that_waits_in_a_collective_hears_signals_too() -> None:
+    rank = subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "listens\n"
+    rank.send_signal(signal.SIGUSR1)
+    assert rank.stdout.readline() == "[False, False, True]\n"
+    rank.send_signal(signal.SIGUSR1)
+    time.sleep(0.7)
+    assert rank.poll() is None, "the same request"
+    rank.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert rank.poll() is None, "another signal is a request of its own"
+    rank.send_signal(signal.SIGUSR1)
+    assert rank.wait(5) == errors.ENDED_AT_ONCE
+    assert rank.stderr is not None
+    assert "a second SIGUSR1: ended at once" in rank.stderr.read()
+
 
 def started(*scripts: str) -> list[subprocess.Popen[bytes]]:
     return [subprocess.Popen([sys.executable, "-c", script], process_group=0) for script in scripts]
