@@ -25,6 +25,7 @@ LONGEST_FILE = 360  # lines: a file is read in a sitting
 
 RUNS_CODE_FROM_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "pandas.read_pickle", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
+SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 # Put together here, so that this file does not say them.
 UNFINISHED = [re.compile(pattern) for pattern in (r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"\bX" + r"XX\b")]
 PLACES = [re.compile(pattern) for pattern in (r"(?<![\w.])/wo" + r"rk/", r"/roo" + r"t/", r"/ho" + r"me/(?!me/)\w+/")]
@@ -37,16 +38,22 @@ def dotted(node: ast.expr) -> str:
 
 
 def dangers(source: str) -> Iterator[str]:
-    """Imports and calls through which a data or weight file could run code."""
+    """Imports and calls through which a data or weight file, or a value in a configuration, could run code."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.split(".")[0] in RUNS_CODE_FROM_DATA)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in RUNS_CODE_FROM_DATA:
             yield node.module or ""
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            yield from (f"torch.{name.name}" for name in node.names if name.name in ("load", "save"))
         elif isinstance(node, ast.Call):
-            if dotted(node.func) in FORBIDDEN_CALLS:
-                yield dotted(node.func)
-            yield from (word.arg for word in node.keywords if word.arg == "allow_pickle")
+            called, words = dotted(node.func), {word.arg for word in node.keywords}
+            if called in FORBIDDEN_CALLS | SHELLS:
+                yield called
+            yield from words & {"allow_pickle", "shell"}
+            loads = called.startswith("AutoModel") and called.endswith(".from_pretrained")
+            if loads and "use_safetensors" not in words:
+                yield called  # else a pickle is read where there is no safetensors file
 
 
 def keys_of(value: Any) -> Iterator[str]:
@@ -75,6 +82,10 @@ def test_no_file_of_data_can_run_code() -> None:
         ("import pickle", "pickle"),
         ("from dill import loads", "dill"),
         ("state = torch.load(path)", "torch.load"),
+        ("from torch import load", "torch.load"),
+        ("os.system(command)", "os.system"),
+        ("subprocess.run(command, shell=True)", "shell"),
+        ("AutoModelForCausalLM.from_pretrained(folder)", "AutoModelForCausalLM.from_pretrained"),
         ("value = eval(text)", "eval"),
         ("numpy.load(path, allow_pickle=False)", "allow_pickle"),
     ],
