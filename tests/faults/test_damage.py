@@ -183,7 +183,8 @@ def test_right_hashes_over_other_weights_do_not_pass(whole: Path, tmp_path: Path
         negate(file)
     record = FileRecord(file.stat().st_size, ranges.hash_file(file))
     (newest / layout.MANIFEST).write_bytes(rewritten(manifest, files={file.name: record}))
-    assert "not the model that was trained" in wrong(verify_checkpoint(newest))
+    said = wrong(verify_checkpoint(newest))
+    assert "not the model that was trained" in said or "do not do what they did in training" in said
 
 
 def negate(file: Path) -> None:
