@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -32,6 +33,11 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"stacks-rank-{rank}.txt"
 
 
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier start of this run has published; to be called before ranks start."""
+    shutil.rmtree(publication(run_dir, 0).parent, ignore_errors=True)
+
+
 class Pulse:
     """This process's heartbeat while it is a rank of the run in `run_dir`. Use as a context.
 
@@ -43,12 +49,15 @@ class Pulse:
         folder = os.environ.get(FOLDER)
         self.heartbeat = Heartbeat(heartbeat.memory_file(Path(folder), rank) if folder else None, rank, size)
         self.run_dir, self.rank, self.watch = run_dir, rank, watch
+        self.alone = size == 1
         self.left = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.stacks: IO[str] | None = None
         self.published = -PUBLISH_SECONDS
 
     def __enter__(self) -> Pulse:
+        if self.alone:
+            forget(self.run_dir)
         publication(self.run_dir, self.rank).parent.mkdir(parents=True, exist_ok=True)
         self.stacks = stacks_file(self.run_dir, self.rank).open("a", encoding="utf-8")
         faulthandler.register(STACKS, file=self.stacks, all_threads=True, chain=False)

@@ -20,6 +20,7 @@ from distft.config.redact import redact
 from distft.config.schema import Run
 from distft.errors import UserMistake
 from distft.launch import lock
+from distft.pulse import forget
 
 PACKAGES = """
     distft torch transformers deepspeed peft datasets tokenizers hydra-core omegaconf wandb numpy pyarrow safetensors
@@ -88,6 +89,7 @@ def make_folder(run: Run, command: Sequence[str], folder: Path | None, job_id: s
     path = folder or new_folder(run, job_id)
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
+        forget(path)
     except OSError as error:
         raise UserMistake(f"run.dir={path} cannot be made: {error.strerror}. Name one that you may write.") from None
     lock.take(path)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -25,9 +25,11 @@ from distft import errors
 from distft.config.schema import Run
 from distft.heartbeat import Beat, Heartbeat, memory_file, read_file, this_machine
 from distft.launch.blame import STOPPED, Patience, sentence
+from distft.launch.restart import newest_checkpoint
 from distft.launch.topology import place_of
 from distft.launch.worker import leave_exit_code
-from distft.pulse import FOLDER, STACKS, publication, read_publication, stacks_file
+from distft.pulse import FOLDER, STACKS, forget, publication, read_publication, stacks_file
+from distft.result import write_failure
 
 STACK_SECONDS = 3.0  # how long ranks get to write their stacks
 LEAVE_SECONDS = 2.0  # after which the neighbours of the rank that spoke are killed; launchers look once a second
@@ -114,7 +116,6 @@ class StallWatch:
             return None
         save_stacks(self.run_dir, beats)
         publish(self.run_dir, said)
-        write_result(self.run_dir, said)
         return told(self.run_dir, said)
 
 
@@ -141,26 +142,12 @@ def publish(run_dir: Path, said: str) -> None:
         return
 
 
-def write_result(run_dir: Path, said: str) -> None:
-    """`result.json` of a run that stands still: its training cannot write one."""
-    result = {"status": errors.Stalled.status, "final": None, "reason": said}
-    with suppress(OSError):
-        staged = run_dir / "result.json.tmp"
-        staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        staged.replace(run_dir / "result.json")
-
-
 def machine_that_told(run_dir: Path) -> str | None:
     """The machine on which it was said that the run stands still; None: nobody has."""
     try:
         return str(json.loads(verdict_file(run_dir).read_text(encoding="utf-8"))["machine"])
     except OSError:
         return None
-
-
-def forget(run_dir: Path) -> None:
-    """Remove what an earlier start of this run has published; to be called before ranks start."""
-    shutil.rmtree(verdict_file(run_dir).parent, ignore_errors=True)
 
 
 def save_stacks(run_dir: Path, beats: Sequence[Beat]) -> None:
@@ -248,14 +235,14 @@ class OwnWatch:
         self.speaks = True
         sys.stdout.flush()
         sys.stderr.write(f"distft: {told(self.run_dir, said)}\n")
-        write_result(self.run_dir, said)
+        write_failure(self.run_dir, errors.Stalled.status, said, newest_checkpoint(self.run_dir))
         save_stacks(self.run_dir, beats)
         publish(self.run_dir, said)
         machine = this_machine()
         end_later([beat.pid for beat in beats if beat.machine == machine and beat.rank != self.rank and not beat.ended])
         self.go()
 
-    def go(self) -> None:
+    def go(self) -> NoReturn:
         if (place := place_of(os.environ)) is not None:
             leave_exit_code(place, errors.STALLED)
         sys.stdout.flush()
@@ -266,7 +253,8 @@ class OwnWatch:
         """Whether the run was said to stand still: what else a rank meets then follows from that."""
         return machine_that_told(self.run_dir) is not None
 
-    def wait(self) -> None:
-        """Until this process ends, where it is the one that speaks."""
+    def follow(self) -> NoReturn:
+        """End this process with the others, after its second thread where that speaks for all."""
         while self.speaks:
             time.sleep(1)
+        self.go()

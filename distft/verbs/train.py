@@ -47,10 +47,9 @@ def work(run: Run, run_dir: Path, store: Store | None = None) -> int:
     with Pulse(run_dir, rank, size, watch):
         try:
             return train_as_a_rank(run, run_dir, store)
-        except RuntimeError as error:
+        except Exception:
             if watch.knows():  # the others were ended: what this rank meets follows from that
-                watch.wait()
-                raise Stalled("") from error
+                watch.follow()
             raise
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from distft import heartbeat
+from distft.config.schema import Run
 from distft.heartbeat import PHASES, Beat, Heartbeat, memory_file, read_file
 from distft.launch.blame import Patience, sentence
-from distft.launch.stall import Sights, forget, save_stacks
-from distft.pulse import FOLDER, Pulse, publication, published, read_publication, stacks_file, standing_at
+from distft.launch.folder import make_folder
+from distft.launch.stall import OwnWatch, Sights, publish, save_stacks
+from distft.pulse import FOLDER, Pulse, forget, publication, published, read_publication, stacks_file, standing_at
 
 NOW = time.mktime((2026, 11, 21, 15, 30, 10, 0, 0, -1))
 PATIENCE = Patience(step=5, start=60)
@@ -315,6 +317,16 @@ def test_a_process_shows_its_place_and_its_stacks(tmp_path: Path) -> None:
     assert json.loads(publication(run_dir, 0).read_text())["phase"] == "end"
     forget(run_dir)
     assert not publication(run_dir, 0).parent.exists()
+
+
+def test_what_was_said_of_an_earlier_start_ends_no_later_one(tmp_path: Path) -> None:
+    make_folder(Run(), ["train.py"], tmp_path)
+    (tmp_path / "logs" / "heartbeat").mkdir()
+    publish(tmp_path, "Rank 1 stands still.")
+    watch = OwnWatch(tmp_path, 0, 2, PATIENCE)
+    assert watch.knows()
+    make_folder(Run(), ["train.py"], tmp_path)
+    assert not watch.knows()
 
 
 def test_without_a_heartbeat_marks_do_nothing(tmp_path: Path) -> None:
