@@ -20,7 +20,7 @@ from tests.faults.runs import Shop, Started, final_weights, records, result
 from tests.faults.test_signals import STOPPED, stop
 
 KILLED = "kill -9 one rank at a random step, 20 times in one run with restarts"
-PORT = "the port taken"
+PORT = "two launches on one folder; the port taken; 1,000 evaluations and saves in a row"
 HERE = socket.gethostname()
 
 

@@ -62,7 +62,7 @@ def stopped_and_resumed(shop: Shop, strategy: str, targets: list[str], num_steps
 @pytest.mark.trial(STOPPED)
 @pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
-def test_sigterm_to_each_target(shop: Shop, strategy: str, tmp_path: Path) -> None:
+def test_sigterm_saves_one_agreed_step(shop: Shop, strategy: str, tmp_path: Path) -> None:
     stopped_and_resumed(Shop.open(tmp_path), strategy, ["controller", "rank", "all"], 500)
 
 
