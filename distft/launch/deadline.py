@@ -115,7 +115,7 @@ class Clock:
     def why(self, save: float | None) -> str:
         """What was measured, for the sentence at the end."""
         assert self.deadline is not None
-        saved = f", a save {save:.2g} s" if save is not None else ""
+        saved = f", a save {save:.1f} s" if save is not None else ""
         left = self.deadline.at - time.time()
         step = statistics.median(self.steps) if self.steps else 0.0
         return f"{self.deadline.name}, {left:.0f} s before it (a step takes {step:.2g} s{saved})"
