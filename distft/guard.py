@@ -113,7 +113,11 @@ class Losses:
 
 
 class Guard:
-    """The guard of one run: `compare` before an update, `note` behind it, `settle` a step later."""
+    """The guard of one run.
+
+    In each step `reduce` before the last backward pass, `compare` before the update, `note` behind it; `settle` a step
+    later.
+    """
 
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
@@ -122,6 +126,8 @@ class Guard:
         if guard.spike != "none":
             remembers = guard.spike == "warn"
             self.losses = Losses(guard.spike_window, guard.spike_score, remembers, world.device)
+        self.sum: Tensor  # of the step's loss, over the ranks once `work` is done
+        self.work: Any = None
         self.compared: tuple[Tensor, ...] = ()
         self.last: tuple[Late, Step] | None = None  # the numbers of the newest step that nobody has read yet
 
@@ -136,17 +142,27 @@ class Guard:
         return self.losses.saved() if self.losses else []
 
     @torch.no_grad()
-    def compare(self, nll: Tensor, num_supervised: int) -> bool | Tensor:
-        """Compare a step's loss with those before it. Returns whether its update is kept: on the device where that
-        depends on the loss, so that nothing waits for it.
+    def reduce(self, nll: Tensor) -> None:
+        """Start to sum a step's loss over the ranks: before its last backward pass, behind which nothing waits for it.
 
-        nll: this rank's sum. num_supervised: targets of the global batch.
+        nll: this rank's sums, [sources].
+        """
+        if self.losses is not None:
+            self.sum = nll.sum()
+            self.work = dist.all_reduce(self.sum, async_op=True) if self.world.size > 1 else None
+
+    @torch.no_grad()
+    def compare(self, num_supervised: int) -> bool | Tensor:
+        """Compare the loss that `reduce` has summed with those before it. Returns whether the update is kept: on the
+        device where that depends on the loss, so that nothing waits for it.
+
+        num_supervised: targets of the global batch.
         """
         if self.losses is None:
             return True
-        if self.world.size > 1:
-            dist.all_reduce(nll)
-        loss = nll / max(1, num_supervised)
+        if self.work is not None:
+            self.work.wait()
+        loss = self.sum / max(1, num_supervised)
         median, score, spike = self.losses.judge(loss)
         self.compared = loss, median, score, spike
         return ~spike if self.run.guard.spike == "skip" else True

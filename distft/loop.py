@@ -209,15 +209,18 @@ class Fit:
             heartbeat.mark("forward")
             answer = strategy.forward(request)
             assert isinstance(answer, LossSums)
-            heartbeat.mark("backward")
-            strategy.backward(answer.loss, last=index == len(step.micro_batches) - 1)
             nll[:-1] += answer.nll
             nll[-1] += answer.auxiliary
+            last = index == len(step.micro_batches) - 1
+            if last:
+                self.guard.reduce(nll[:-1])
+            heartbeat.mark("backward")
+            strategy.backward(answer.loss, last=last)
         heartbeat.mark("optimizer step")
         self.interval.steps += 1
         self.interval.tokens += step.num_tokens
         self.interval.flops += self.flops(step)
-        keep = self.guard.compare(nll[:-1].sum(), step.num_supervised)
+        keep = self.guard.compare(step.num_supervised)
         return strategy.step(lr_at(self.state.step, self.num_steps, config.optim, config.schedule), keep), nll
 
     def deadline_near(self) -> bool:

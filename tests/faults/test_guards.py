@@ -18,7 +18,7 @@ from distft.config.schema import Guard as GuardConfig
 from distft.guard import Guard, Losses
 from distft.model.load import blocks
 from distft.world import World
-from tests.faults.runs import Shop, records, result
+from tests.faults.runs import ROOT, Shop, records, result
 from tests.parity.engine import Case, prepared, train
 from tests.parity.reference import Recipe
 from tests.parity.test_host import EXPECTED, RECIPE, Waits, fit_of, step_of
@@ -211,6 +211,16 @@ def test_what_was_remembered_comes_back_into_a_window_of_any_length() -> None:
     longer.restore(losses.saved())
     assert longer.saved() == [2.0, 3.0, 4.0, 5.0]
     assert judged(longer, [99.0]) == [False]
+
+
+def test_the_guard_takes_at_most_its_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from overheads import BAR, ROWS, median_of  # type: ignore[import-not-found]
+
+    world = World(rank=0, size=1, local_rank=0, data_rank=0, data_size=1, device=CPU)
+    medians = {name: median_of(prepared(world), 1000) for name, prepared in ROWS.items() if "guard" in name}
+    assert len(medians) >= 3
+    assert max(medians.values()) < BAR, medians
 
 
 # --- a batch of garbage in a real run ---------------------------------------------------------------------------------
