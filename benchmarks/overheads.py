@@ -2,8 +2,8 @@
 
 Every row is the median of 10,000 isolated calls of what one training step does, in microseconds. On one rank the guard
 of the loss is what the host and the device compute; on several (`torchrun --nproc-per-node 2 …`) also the reduction of
-its one number, 4 bytes, which in a step goes on behind the backward pass and here is waited for. The heartbeat's row is all marks of a
-step of one micro-batch, with the thread beside them at work.
+its one number, 4 bytes, which in a step goes on behind the backward pass and here is waited for. The heartbeat's row is
+all marks of a step of one micro-batch, with the thread beside them at work.
 
 A second table is the speed of XXH3-128 in GB/s (10^9 bytes): of tensors in memory, as checkpoints are hashed when they
 are written, and of a file that the kernel holds in memory, as they are verified. The exit code is 1 where a bar is
