@@ -82,6 +82,12 @@ def _build(keyed: _Keyed, trust_remote_code: bool, num_experts: int, keep_words:
     return None
 
 
+def experts_of(config: Any) -> int:
+    """Experts of a mixture; 1 where the model is none."""
+    sizes = [getattr(part, name, None) for part in _parts(config) for name in _EXPERTS]
+    return max([size for size in sizes if isinstance(size, int)], default=1)
+
+
 def num_parameters(model: Any, without_words: bool) -> int:
     """Parameters of a model; `without_words`: without those of its embeddings and its head."""
     words = [model.get_input_embeddings(), model.get_output_embeddings()] if without_words else []

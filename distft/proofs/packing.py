@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distft.config.schema import Batch as BatchConfig
 from distft.config.schema import Run
+from distft.model.miniature import experts_of
 from distft.prepared import Prepared
 from distft.proofs.outcome import Outcome, failed
 from distft.proofs.small import BINS
@@ -76,22 +77,28 @@ def prove(run: Run, prepared: Prepared, precision: str) -> Outcome:
         return failed("packing", compared, "a second document is needed", 0)
     with alone(run, prepared, precision) as (strategy, world):
         vocabulary = strategy.trainee.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        changed, total = edited(strategy, batch.to(world.device), vocabulary)
+        changed, total, largest = edited(strategy, batch.to(world.device), vocabulary)
+        # How many tokens an expert gets decides the shapes of its products, and shapes decide the order of sums.
+        exact = experts_of(strategy.trainee.config) < 2
         off = apart_from_alone(strategy, batch.to(world.device)) if prepared.packed else 0.0
     seen = f"{changed:,} of {total:,} logits of the others changed"
     if prepared.packed:
         seen += f", and alone in its row a document's are {off:.1g} away"
-    passed = changed == 0 and total > 0 and off <= ALONE[precision]
-    return Outcome("packing", compared, seen, changed, 0, passed)
+    value, bound = (changed, 0.0) if exact else (largest, ALONE[precision])
+    if not exact:
+        seen += f", by {largest:.1g} at most (a mixture of experts)"
+    passed = value <= bound and total > 0 and off <= ALONE[precision]
+    return Outcome("packing", compared, seen, value, bound, passed)
 
 
-def edited(strategy: Strategy, batch: Batch, vocabulary: int) -> tuple[int, int]:
-    """How many logits of the other documents change when the first and when the last is edited, and of how many."""
+def edited(strategy: Strategy, batch: Batch, vocabulary: int) -> tuple[int, int, float]:
+    """How many logits of the other documents change when the first and when the last is edited, of how many, and by
+    how much of the largest logit at most."""
     documents = spans(batch)
     every = torch.cat([span for _, span in documents])
     positions = every[torch.linspace(0, len(every) - 1, min(POSITIONS, len(every))).long()].to(batch.input_ids.device)
     before = logits_at(strategy, batch, positions)
-    changed = total = 0
+    changed, total, largest = 0, 0, 0.0
     for _, span in (documents[0], documents[-1]):
         inside = span.to(positions.device)
         ids = batch.input_ids.flatten().clone()
@@ -100,7 +107,10 @@ def edited(strategy: Strategy, batch: Batch, vocabulary: int) -> tuple[int, int]
         others = ~torch.isin(positions, inside)
         changed += int((before[others].view(torch.int32) != after[others].view(torch.int32)).sum())
         total += before[others].numel()
-    return changed, total
+        if others.any():
+            moved = (before[others] - after[others]).abs().max() / before.abs().max().clamp_min(1e-12)
+            largest = max(largest, float(moved))
+    return changed, total, largest
 
 
 def apart_from_alone(strategy: Strategy, batch: Batch) -> float:

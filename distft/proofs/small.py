@@ -33,6 +33,7 @@ ROWS_READ, ROWS_TAKEN = 512, 64  # of each source; the shortest of those that ar
 LARGEST = 60_000_000  # parameters of a model that is tried as it is
 LORA_RATE = 5e-3  # at least: adapters begin by doing nothing and have a few steps to do something
 STALL_SECONDS = 120.0
+INDIVISIBLE = ("pdrop", "_drop", "router_aux_loss_coef")  # endings of settings
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # endings of files
 
 
@@ -85,10 +86,11 @@ def write_copy(folder: Path, run: Run, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def without_dropout(folder: Path, out: Path) -> Path:
-    """A folder with the same model and no dropout: `folder` itself where it has none."""
+def divisible(folder: Path, out: Path) -> Path:
+    """A folder with the same model and nothing by which the division of a step decides its loss: no dropout, no
+    balancing of a mixture's experts. `folder` itself where it has neither."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not any(dropouts_of(values)):
+    if not indivisible(values):
         return folder
     out.mkdir()
     for path in folder.iterdir():
@@ -97,19 +99,20 @@ def without_dropout(folder: Path, out: Path) -> Path:
                 os.link(path.resolve(), out / path.name)
             except OSError:  # another file system
                 shutil.copyfile(path, out / path.name)
-    for section, name in dropouts_of(values):
+    for section, name in indivisible(values):
         section[name] = 0.0
     (out / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     return out
 
 
-def dropouts_of(values: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Every share of dropout above 0 in a model's configuration: the section that holds it, and its name there."""
+def indivisible(values: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Every share of dropout, and every weight of a balancing loss, above 0 in a model's configuration: the section
+    that holds it, and its name there."""
     found = []
     for name, value in values.items():
         if isinstance(value, dict):
-            found += dropouts_of(value)
-        elif isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith(("pdrop", "_drop"))):
+            found += indivisible(value)
+        elif isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith(INDIVISIBLE)):
             found.append((values, name))
     return found
 
@@ -166,7 +169,8 @@ def in_small(run: Run, check: Check, model: TrialModel, sources: list[Source], c
     if run.tuning.method == "lora":
         small.optim = replace(small.optim, lr=max(run.optim.lr, LORA_RATE))
     small.eval = Evaluation(at_start=False, samples=0)
-    small.checkpoint = Checkpoint(every=check.steps // 2, background=run.checkpoint.background)
+    # At most three come, of which the first is begun from again: none may go.
+    small.checkpoint = Checkpoint(every=check.steps // 2, keep=4, background=run.checkpoint.background)
     small.early_stopping, small.guard = EarlyStopping(), Guard(stall_seconds=STALL_SECONDS)
     small.launch, small.log, small.run = Launch(ranks=1), Log(tracker="none", every=1), RunFolder()
     small.epochs, small.max_steps, small.resume, small.resume_allow = 1.0, check.steps, "never", []
@@ -184,8 +188,8 @@ def on_ranks(run: Run, size: int, micro_size: int = 1) -> Run:
     return changed
 
 
-def still(run: Run, folder: Path) -> Run:
-    """The same run without dropout: `folder` holds its model without."""
+def divided(run: Run, folder: Path) -> Run:
+    """The same run without dropout in its adapters, on the model in `folder` (see `divisible`)."""
     changed = copy.deepcopy(run)
     changed.model.path, changed.tuning.lora_dropout = str(folder), 0.0
     return changed

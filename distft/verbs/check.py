@@ -61,7 +61,7 @@ def main(composed: Composed, source: Path | None, preflight: Preflight) -> int:
         NegativeVerdict: a proof fails.
     """
     started = time.perf_counter()
-    asked: CheckedRun = composed.run
+    asked: CheckedRun = dataclasses.replace(composed.run, resume="never", resume_allow=[])  # it begins anew
     if composed.line.sweep or place_of(os.environ) is not None:
         raise UserMistake("distft check takes one run and starts its ranks itself: no -m, no launcher.")
     problems = check(asked.check) + problems_of(asked)
@@ -139,8 +139,8 @@ def result_file(asked: CheckedRun, source: Path | None) -> Path | None:
 class Trials:
     """The runs that the proofs look at."""
 
-    run: Run  # in small, on one rank, with the dropout that the run has
-    quiet: Run  # the same without dropout
+    run: Run  # in small, on one rank
+    even: Run  # the same with nothing by which the division of a step decides its loss, such as dropout
     prepared: Prepared
     model: TrialModel
     check: Check
@@ -162,7 +162,7 @@ class Trials:
             model = small.trial_model(resolved, run, check.full, folder / "model")
             sources = small.sample_rows(run, folder / "rows")
             own = settle(small.in_small(run, check, model, sources, folder / "cache"))
-            quiet = small.still(own, small.without_dropout(model.folder, folder / "model-without-dropout"))
+            even = small.divided(own, small.divisible(model.folder, folder / "model-divisible"))
             num_ranks = ranks_of(run)
             problems = problems_of(small.on_ranks(own, num_ranks))
             if problems:
@@ -179,7 +179,7 @@ class Trials:
         precision = run.precision
         if precision == "auto":
             precision = "bf16" if count_gpus() else "fp32"
-        return cls(own, quiet, Prepared.read(preparation), model, check, folder, num_ranks, precision)
+        return cls(own, even, Prepared.read(preparation), model, check, folder, num_ranks, precision)
 
     def heading(self) -> str:
         from distft.proofs.small import LARGEST
@@ -207,20 +207,19 @@ class Trials:
         whole = Trial(self.folder / "whole", on_ranks(self.run, self.num_ranks))
         checkpoint = whole.checkpoint(self.check.steps // 2)
         resumed = Trial(self.folder / "resumed", on_ranks(self.run, self.num_ranks), checkpoint)
-        # Under dropout a step's division decides its loss, so those trials have none; without it one trial serves both.
-        has_dropout = self.quiet != self.run
-        base = Trial(self.folder / "no-dropout", on_ranks(self.quiet, self.num_ranks)) if has_dropout else whole
+        differ = self.even != self.run  # else one trial serves two proofs
+        base = Trial(self.folder / "divisible", on_ranks(self.even, self.num_ranks)) if differ else whole
         others = [
-            Trial(self.folder / f"1-rank-micro-{micro}", on_ranks(self.quiet, 1, micro))
+            Trial(self.folder / f"1-rank-micro-{micro}", on_ranks(self.even, 1, micro))
             for micro in (1, 4)
             if (self.num_ranks, micro) != (1, 1)
         ]
         places = 1 if count_gpus() else len(os.sched_getaffinity(0))  # ranks of two trials would share a GPU
         failures: dict[str, str] = {}
-        if {"resume", "reload"} & {*wanted} or ("invariance" in wanted and not has_dropout):
+        if {"resume", "reload"} & {*wanted} or ("invariance" in wanted and not differ):
             failures |= carry_out([whole], self.prepared, places)
         if "invariance" in wanted:
-            failures |= carry_out([*([base] if has_dropout else []), *others], self.prepared, places)
+            failures |= carry_out([*([base] if differ else []), *others], self.prepared, places)
             yield invariance.prove([base, *others], failures, self.precision)
         if "resume" in wanted:
             if not failures[whole.folder.name]:

@@ -82,6 +82,7 @@ def test_a_sound_stack_passes(shop: Shop, tmp_path: Path) -> None:
 def test_what_is_broken_is_what_fails(shop: Shop, tmp_path: Path, broken: str, proof: str) -> None:
     """With dropout in the adapters, whose masks a lost random state changes."""
     words = words_of(shop, "strategy=zero2", "tuning=lora", "tuning.lora_dropout=0.2")
+    words.append(f"run.dir={tmp_path / 'trials'}")  # what fails leaves its trials there
     done = check(words, tmp_path / "check.json", broken)
     assert done.code == 3, done.text
     assert done.failing == [proof], done.text

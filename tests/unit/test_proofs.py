@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, Qwen3Config
+from transformers import GPT2Config, MixtralConfig, Qwen3Config
 
 from distft.checkpoint import layout
 from distft.checkpoint.layout import FileRecord, Manifest
@@ -20,7 +20,7 @@ from distft.config.load import compose, write_snapshot
 from distft.config.schema import Run, Source
 from distft.config.schema.check import Check
 from distft.errors import UserMistake
-from distft.model.miniature import miniature
+from distft.model.miniature import experts_of, miniature
 from distft.objective.trainee import Trainee
 from distft.prepared import Prepared
 from distft.proofs import invariance, packing, resume, small
@@ -108,6 +108,8 @@ def test_a_copy_keeps_the_words_and_little_else(tmp_path: Path) -> None:
     model: Any = miniature(config, keep_words=True)
     assert model.get_input_embeddings().num_embeddings == 5000
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 256)
+    assert experts_of(config) == experts_of(model.config) == 1
+    assert experts_of(MixtralConfig(num_local_experts=4)) == 4
     assert miniature(config).get_input_embeddings().num_embeddings == 64  # type: ignore[union-attr,operator]
 
 
@@ -115,13 +117,13 @@ def test_dropout_of_a_model_is_found_and_taken_away(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     GPT2Config().save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"weights")
-    still = small.without_dropout(folder, tmp_path / "still")
+    still = small.divisible(folder, tmp_path / "still")
     before, after = (json.loads((place / "config.json").read_text()) for place in (folder, still))
-    assert {name for _, name in small.dropouts_of(before)} >= {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
-    assert small.dropouts_of(after) == []
+    assert {name for _, name in small.indivisible(before)} >= {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
+    assert small.indivisible(after) == []
     assert before.keys() == after.keys()
     assert (still / "model.safetensors").read_bytes() == b"weights"
-    assert small.without_dropout(still, tmp_path / "again") == still
+    assert small.divisible(still, tmp_path / "again") == still
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
