@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
+    importlib.import_module("torch.distributed.tensor")  # PEFT looks there for a DTensor without importing it
     try:
         with quiet():
             return get_peft_model(model, config, low_cpu_mem_usage=True)

@@ -59,6 +59,24 @@ assert doubled(torch.ones(1)) == 6
 assert calls == [False, False], "what was decorated before the compiler came is not compiled either"
 """
 
+ADAPTERS = """
+from distft.deferred import defer
+defer()
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from distft.config.schema import Tuning
+from distft.model.tuning import wrap
+config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+with torch.device("meta"):
+    model = wrap(LlamaForCausalLM(config), Tuning(method="lora", lora_rank=2))
+assert any(parameter.requires_grad for parameter in model.parameters())
+"""
+
+
+def test_adapters_are_made_where_nothing_else_was_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", ADAPTERS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
 
 def test_a_run_imports_no_compiler(tmp_path: Path) -> None:
     words = [*SMALL, "data=jsonl", f"data.path={write_rows(tmp_path / 'rows.jsonl')}", f"run.dir={tmp_path / 'run'}"]
