@@ -70,6 +70,7 @@ HASHED = {
         "data.too_long",
         "data.multi_turn",
         "data.train_on",
+        "data.max_row_bytes",
     ),
     "tokenizer": ("data.chat_template",),
     "model": ("model.name", "model.path", "model.revision", "model.tiny"),
