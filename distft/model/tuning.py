@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -57,6 +56,7 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
     """The PEFT model: adapters on meta, the base frozen. Gradient checkpointing comes later and must not be on yet:
     PEFT would make the embeddings' output require gradients, and every block below the first adapter run backward."""
     from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners import tuners_utils
 
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()), "PEFT comes first"
     check_target(model, tuning.target)
@@ -71,7 +71,7 @@ def wrap(model: nn.Module, tuning: Tuning) -> Any:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    importlib.import_module("torch.distributed.tensor")  # PEFT looks there for a DTensor without importing it
+    tuners_utils._torch_supports_distributed = False  # it would look for DTensors, of which there are none yet
     try:
         with quiet():
             return get_peft_model(model, config, low_cpu_mem_usage=True)

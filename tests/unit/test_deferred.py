@@ -67,9 +67,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distft.config.schema import Tuning
 from distft.model.tuning import wrap
 config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-with torch.device("meta"):
+from distft.model.load import parameters_on_meta
+with parameters_on_meta():
     model = wrap(LlamaForCausalLM(config), Tuning(method="lora", lora_rank=2))
 assert any(parameter.requires_grad for parameter in model.parameters())
+import sys
+assert "sympy" not in sys.modules
 """
 
 
