@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def adapter_shapes(subject: Subject, base: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes that PEFT's configuration gives the adapter on its base, built on meta."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
+    importlib.import_module("torch.distributed.tensor")  # PEFT looks there and does not import it
     check_model(base, subject.trust_remote_code)
     with torch.device("meta"):
         model: Any = build(base, subject.run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def load_plain(folder: Path, precision: str, device: torch.device, trust_remote_
             if base is not None:
                 from peft import PeftModel
 
+                importlib.import_module("torch.distributed.tensor")  # PEFT looks there and does not import it
                 model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
