@@ -14,8 +14,9 @@ import torch
 from distft.config.schema import Batch as BatchConfig
 from distft.config.schema import Source
 from distft.data.batch import Batch, Step
-from distft.data.batches import TURN, Order, Plan, Prefetch
+from distft.data.batches import Plan, Prefetch
 from distft.data.cache import EncodedSource, PreparedData
+from distft.data.order import TURN, Order
 from tests.unit.some_data import a_run, byte_level, prepared, questions, write_jsonl
 
 LENGTH = 128
