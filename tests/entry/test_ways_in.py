@@ -117,7 +117,7 @@ def assert_whole(folder: Path, num_ranks: int) -> None:
         "checkpoints",
     ):
         assert (folder / name).exists(), name
-    assert sorted(path.name for path in (folder / "logs").iterdir()) == [
+    assert sorted(path.name for path in (folder / "logs").glob("*.*")) == [
         f"rank-{rank}.log" for rank in range(num_ranks)
     ]
     assert json.loads((folder / "result.json").read_text())["steps"] == 2
