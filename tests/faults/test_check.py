@@ -71,22 +71,22 @@ def test_a_sound_stack_passes(shop: Shop, tmp_path: Path) -> None:
 @TRIAL
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("broken", "proof"),
+    ("broken", "failing"),
     [
-        ("naive packing", "packing"),
-        ("mean of means", "invariance"),
-        ("lost random state", "resume"),
-        ("zeroed adapter", "reload"),
+        ("naive packing", ["packing", "invariance"]),  # which documents share a row is a matter of the micro-batch
+        ("mean of means", ["invariance"]),
+        ("lost random state", ["resume"]),
+        ("zeroed adapter", ["reload"]),
     ],
 )
-def test_what_is_broken_is_what_fails(shop: Shop, tmp_path: Path, broken: str, proof: str) -> None:
+def test_what_is_broken_is_what_fails(shop: Shop, tmp_path: Path, broken: str, failing: list[str]) -> None:
     """With dropout in the adapters, whose masks a lost random state changes."""
     words = words_of(shop, "strategy=zero2", "tuning=lora", "tuning.lora_dropout=0.2")
     words.append(f"run.dir={tmp_path / 'trials'}")  # what fails leaves its trials there
     done = check(words, tmp_path / "check.json", broken)
     assert done.code == 3, done.text
-    assert done.failing == [proof], done.text
-    assert len(done.passing) == 3
+    assert done.failing == failing, done.text
+    assert len(done.passing) == 4 - len(failing)
 
 
 @TRIAL
