@@ -81,17 +81,20 @@ def choose(
 def largest(plan: Plan) -> Shape:
     """Of this rank's micro-batches. One document a row: as the first epoch's bins are."""
     size = min(plan.batch.micro_size, -(-plan.batch.global_size // plan.data_size))
-    most = plan.batch.pass_tokens or size * plan.sequence_length
+    most = plan.batch.pass_tokens
     if plan.packed:
-        longest = max(int(np.asarray(source.lengths).max(initial=2)) for source in plan.sources)
-        return Shape(1, min(size * plan.sequence_length, max(most, longest)), True)
+        tokens = size * plan.sequence_length
+        if most is not None:
+            longest = max(int(np.asarray(source.lengths).max(initial=2)) for source in plan.sources)
+            tokens = min(tokens, max(most, longest))
+        return Shape(1, tokens, True)
     num_rows, columns = [0], 0
     for index, source in enumerate(plan.sources):
         bins = plan.bins(index, 0)
         num_rows += np.diff(bins.starts).tolist()
         columns = max(columns, int(np.asarray(source.lengths)[bins.items].max(initial=2)))
     rows = sum(sorted(num_rows)[-size:])
-    return Shape(min(rows, max(1, most // columns)) if plan.batch.pass_tokens else rows, columns, False)
+    return Shape(rows if most is None else min(rows, max(1, most // columns)), columns, False)
 
 
 def footprint(

@@ -44,12 +44,12 @@ def problem_of(words: list[str]) -> str | None:
         return dry.stderr if dry.returncode else None
     if words[0] == "distft":
         verb, *rest = words[1:]
-        if verb not in ("train", "generate", "data", "check"):
+        if verb not in ("train", "generate", "data", "check", "verify"):
             return f"unknown verb {verb}"
         if verb == "check":
             return refusal([word for word in rest if not word.startswith("run=")], "check")
-        if verb == "generate":
-            return refusal(rest[1:], "generate")
+        if verb in ("generate", "verify"):
+            return refusal(rest[1:], verb)
         rest = [word for word in rest if not word.startswith("show.")]
         return refusal(rest[1:] if verb == "data" else rest, "train")
     if "train.py" not in words:
