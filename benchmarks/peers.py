@@ -114,7 +114,7 @@ def entrants(case: Case, given: argparse.Namespace) -> list[tuple[str, str]]:
     unknown = [name for name in only if name not in case.entrants]
     if unknown:
         raise SystemExit(f"--programs: unknown {', '.join(unknown)}; known: {', '.join(case.entrants)}")
-    weighed = given.bars and any(bar.case == case.name and bar.measure == "memory" for bar in BARS)
+    weighed = not given.table and any(bar.case == case.name and bar.measure == "memory" for bar in BARS)
     return [
         (program, setting)
         for program, settings in case.entrants.items()
