@@ -80,6 +80,7 @@ class WriteBehind:
     ) -> None:
         if error is None:
             self.wait()
+            self.buffers = []  # what comes now needs the memory more
         elif self.thread is not None:  # what ends the run is told, not what the writer met
             self.thread.join(None if isinstance(error, Stop) else LEAVE_SECONDS)
 
