@@ -15,6 +15,7 @@ Bars: warm tokens/s at least 0.8 x, memory at ten times the rows at most 1.2 x; 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -86,12 +87,10 @@ def peak_memory(place: Place) -> int:
 
 def anonymous(process: psutil.Process) -> int:
     total = 0
-    try:
+    with contextlib.suppress(OSError, psutil.NoSuchProcess):  # one of them has just ended
         for one in (process, *process.children(recursive=True)):
             status = Path(f"/proc/{one.pid}/status").read_text()
             total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
-    except (OSError, psutil.NoSuchProcess):
-        pass  # one of them has just ended
     return total
 
 

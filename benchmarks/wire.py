@@ -147,7 +147,7 @@ class Counter(TorchDispatchMode):
         if func.namespace == "c10d":
             kind = func._schema.name.removeprefix("c10d::")
             if kind not in WHOLE_OF:
-                raise NotImplementedError(f"{func._schema} is not counted yet: add it to WHOLE_OF")
+                raise LookupError(f"{func._schema}: WHOLE_OF does not say which argument is the whole tensor")
             tensors = list(tensors_in(WHOLE_OF[kind](args)))
             groups = [value for value in args if isinstance(value, torch.ScriptObject) and hasattr(value, "size")]
             sizes = tuple(tensor.numel() for tensor in tensors)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from distft.checkpoint import layout, state
 from distft.checkpoint.ranks import Ranks
 from distft.checkpoint.state import TrainState
+from distft.config.given import within
 from distft.config.load import config_hash
-from distft.config.resuming import HARMFUL, changed, compared, within
+from distft.config.resuming import HARMFUL, changed, compared
 from distft.config.schema import Run
 from distft.data.cache import digest, digest_of_files
 from distft.errors import UserMistake

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from distft.config.schema import Run
 from distft.config.words import Knob, knobs
 
+SURROUNDINGS = ("launch", "log", "run", "resume", "resume_allow", "data.name", "data.workers", "data.cache_dir")
+"""Knobs, or sections of them: where a run is started and what it tells, never what it computes."""
+
 
 @functools.cache
 def all_knobs() -> dict[str, Knob]:
     return {knob.name: knob for knob in knobs(Run)}
+
+
+def within(name: str, sections: Sequence[str]) -> bool:
+    """Whether a knob, or a section that holds it, is among `sections`."""
+    return any(f"{name}.".startswith(f"{section}.") for section in sections)
 
 
 def value_of(run: Run, name: str) -> Any:

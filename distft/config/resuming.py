@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from distft.config.given import all_knobs, value_of
+from distft.config.given import SURROUNDINGS, all_knobs, value_of, within
 from distft.config.redact import redact_tree
 from distft.config.schema import Run
 
@@ -77,24 +76,8 @@ HASHED = {
 }
 """By the name under which the hash is compared."""
 
-NOT_COMPARED = (
-    "launch",
-    "log",
-    "run",
-    "resume",
-    "resume_allow",
-    "data.name",
-    "data.max_rejected",
-    "data.workers",
-    "data.cache_dir",
-    "model.trust_remote_code",
-)
+NOT_COMPARED = (*SURROUNDINGS, "data.max_rejected", "model.trust_remote_code")
 """Where a run goes on and what it tells; two halves may always differ in them."""
-
-
-def within(name: str, sections: Sequence[str]) -> bool:
-    """Whether a knob, or a section that holds it, is among `sections`."""
-    return any(f"{name}.".startswith(f"{section}.") for section in sections)
 
 
 def classes_of(name: str) -> list[str]:

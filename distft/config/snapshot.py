@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distft.config.diagnose import problems_of
 from distft.config.foreign import pairs_of
-from distft.config.given import all_knobs
+from distft.config.given import SURROUNDINGS, all_knobs, within
 from distft.config.schema import Run
 from distft.errors import Mistakes, UserMistake
 
@@ -23,14 +23,7 @@ GROUPS = ("model", "data", "tuning", "objective", "strategy", "optim", "schedule
 SNAPSHOT_MARK = "# A distft run, whole."
 
 NOT_COMPUTED = (
-    "launch",
-    "log",
-    "run",
-    "resume",
-    "resume_allow",
-    "data.name",
-    "data.workers",
-    "data.cache_dir",
+    *SURROUNDINGS,
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.background",
@@ -104,7 +97,7 @@ def read_snapshot(path: Path) -> Run:
 def computed(run: Run) -> dict[str, Any]:
     """The knobs that decide what is computed, by dotted name; not where it runs, is logged or is started from."""
     values = dataclasses.asdict(run)
-    names = [name for name in all_knobs() if not any(f"{name}.".startswith(f"{out}.") for out in NOT_COMPUTED)]
+    names = [name for name in all_knobs() if not within(name, NOT_COMPUTED)]
     return {name: functools.reduce(lambda section, key: section[key], name.split("."), values) for name in names}
 
 

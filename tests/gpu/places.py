@@ -13,7 +13,8 @@ from distft.world import World, join, leave
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])
-EVERYWHERE = ["cpu", GPU]
+ELSEWHERE = pytest.mark.skipif(torch.cuda.is_available(), reason="a rank of a machine with a GPU is on the GPU")
+EVERYWHERE = [pytest.param("cpu", marks=ELSEWHERE), GPU]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -23,10 +24,9 @@ def world_of_one(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    if device == "cpu":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     world = join()
     try:
+        assert world.device.type == device
         yield world
     finally:
         leave()

@@ -6,12 +6,10 @@ $BROKEN names what is broken, by the names of `BREAKS`, with commas between.
 from __future__ import annotations
 
 import dataclasses
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -68,30 +66,9 @@ BREAKS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
 }
 
 
-class Breaker(importlib.abc.MetaPathFinder):
-    """Breaks modules as they are imported."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.breaks = [BREAKS[name] for name in names]
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        breaks = [harm for module, harm in self.breaks if module == name]
-        if not breaks:
-            return None
-        self.breaks = [pair for pair in self.breaks if pair[0] != name]
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            for harm in breaks:
-                harm(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 if os.environ.get("BROKEN"):
-    sys.meta_path.insert(0, Breaker(os.environ["BROKEN"].split(",")))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from tests.faults.changing import change_on_import
+
+    change_on_import(BREAKS[name] for name in os.environ["BROKEN"].split(","))
+    del sys.path[0]

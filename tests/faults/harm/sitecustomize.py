@@ -7,14 +7,12 @@ takes SECONDS. checkpoint: each tensor that is written takes TENSOR_SECONDS.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 STEP = 5  # counted from 0
@@ -87,32 +85,9 @@ HARMS: dict[str, tuple[str, Callable[[Any], None]]] = {
 }
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes modules as soon as they have been imported."""
-
-    def __init__(self, changes: dict[str, list[Callable[[Any], None]]]) -> None:
-        self.changes = changes
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name not in self.changes:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            for change in self.changes[name]:
-                change(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 if "HARM" in os.environ and os.environ.get("RANK", "0") == os.environ["HARM_RANK"]:
-    chosen: dict[str, list[Callable[[Any], None]]] = {}
-    for word in os.environ["HARM"].split(","):
-        target, change = HARMS[word]
-        chosen.setdefault(target, []).append(change)
-    sys.meta_path.insert(0, Finder(chosen))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from tests.faults.changing import change_on_import
+
+    change_on_import(HARMS[word] for word in os.environ["HARM"].split(","))
+    del sys.path[0]
