@@ -4,12 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SWEEP = ["hydra-submitit-launcher>=1.2,<2", "optuna>=5,<6", "plotly>=7,<8"]
 EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "kernels": ["liger-kernel>=0.8,<0.9"],
     "quant": ["bitsandbytes>=0.50,<0.51"],
-    "sweep": ["hydra-optuna-sweeper>=1.3,<1.4", "optuna<3"],
+    "sweep": SWEEP,
     "dev": [
+        *SWEEP,
         "import-linter>=2.16",
         "matplotlib>=3.10",
         "mypy>=2.4",

@@ -30,18 +30,12 @@ from tests.parity.engine import Case, prepared, run_of, train
 from tests.parity.reference import Recipe
 from tests.parity.test_behind import taken_up
 from tests.pool import Pool
+from tests.required import cannot
 
 TRIAL = "disk full while saving (a small tmpfs)"
 CASE = Case("fsdp", 1, Recipe(optimizer="adamw", lr=0.01))
 MODEL = ["model.tiny.hidden_size=64", "model.tiny.intermediate_size=1024", "strategy=fsdp", "max_steps=8",
          "checkpoint.every=2"]  # fmt: skip
-
-
-def required(reason: str) -> None:
-    """A machine that cannot do a trial skips it, but in the CI it fails."""
-    if "faults" in os.environ.get("DISTFT_REQUIRE", "").split(","):
-        pytest.fail(f"this machine cannot do a trial that is required (DISTFT_REQUIRE=faults): {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture
@@ -52,7 +46,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=2000", "distft-trial", str(place)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        required(f"it cannot mount a tmpfs: {done.stderr.strip()}")
+        cannot("faults", f"it cannot mount a tmpfs: {done.stderr.strip()}")
     try:
         yield place
     finally:
@@ -72,10 +66,10 @@ def fill(disk: Path, leave: int) -> Path:
 def test_without_a_small_disk_the_ci_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTFT_REQUIRE", "gpu,faults")
     with pytest.raises(pytest.fail.Exception, match="required"):
-        required("no tmpfs")
+        cannot("faults", "no tmpfs")
     monkeypatch.setenv("DISTFT_REQUIRE", "gpu")
     with pytest.raises(pytest.skip.Exception):
-        required("no tmpfs")
+        cannot("faults", "no tmpfs")
 
 
 # --- inside a save, on two ranks --------------------------------------------------------------------------------------
