@@ -81,6 +81,10 @@ class Strategy(Protocol):
         """Bring the low-precision copies in line after shards were overwritten."""
         ...
 
+    def release(self) -> None:
+        """Free what only further steps need, the moments: training is over, and no `step` or `shards` follows."""
+        ...
+
     def gather(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         """Full tensors of parameters (None: all trained ones) one by one: on rank 0 on the CPU, None elsewhere.
 

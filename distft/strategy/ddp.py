@@ -104,6 +104,9 @@ class Ddp:
     def refresh(self) -> None:
         self.update.refresh()
 
+    def release(self) -> None:
+        self.update.release()
+
     def gather(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         return gather(self.parameters, names, self.world)
 

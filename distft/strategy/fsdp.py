@@ -126,6 +126,9 @@ class Fsdp:
         self.drop_gathered()
         self.update.refresh()
 
+    def release(self) -> None:
+        self.update.release()
+
     def gather(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         return gather(self.parameters, names, self.world)
 

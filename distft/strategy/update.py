@@ -161,6 +161,11 @@ class Update:
             if first < last:
                 yield Shard(piece.name, kind, piece.shape, piece.start + first, flat[first:last])
 
+    def release(self) -> None:
+        self.optimizer.state.clear()
+        for piece in self.pieces:
+            piece.local.grad = piece.parameter.grad = None
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Make what is held whole equal on every rank again, after each overwrote the part that it owns."""

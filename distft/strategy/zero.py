@@ -239,6 +239,9 @@ class Zero:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     @torch.no_grad()
+    def release(self) -> None:
+        self.optimizer.state.clear()
+
     def gather(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         masters = {shard.name: shard for shard in self._shards(with_moments=False)}
         for name in self.trained if names is None else names:

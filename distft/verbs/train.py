@@ -119,6 +119,7 @@ class Job:
         from distft.perf import cost_of
         from distft.strategy import make_strategy
         from distft.strategy.numbers import numbers_of
+        from distft.world import products_note
 
         heartbeat.mark("start")
         prepared = Prepared.read(run_dir)
@@ -275,7 +276,6 @@ class Job:
         from distft.perf import give_back
 
         heartbeat.mark("final")
-        give_back()  # the model is read back beside the trained one
         run, strategy, world = self.run, self.strategy, self.world
         if status == "early_stopped" and state.best_step not in (None, state.step):
             best = step_folder(self.run_dir, state.best_step)
@@ -284,6 +284,8 @@ class Job:
                 log.say(f"Early stopping: the best weights, those of step {state.best_step}, become the final ones")
             else:  # checkpoint.on_full=skip
                 log.say(f"The best weights, those of step {state.best_step}, were not saved: the last ones are final")
+        strategy.release()
+        give_back()  # the model is read back beside the trained one
         tokenizer = self.tokenizer
         probe = take_probe(strategy, prompt_ids(tokenizer), world)
         gathered = strategy.gather()
@@ -352,9 +354,3 @@ def settled_precision(run: Run, world: World) -> str:
     if run.precision != "auto":
         return run.precision
     return "bf16" if world.device.type == "cuda" else "fp32"
-
-
-def products_note(world: World, precision: str) -> list[str]:
-    """`join` turned TF32 off: who compares speeds should know."""
-    said = "fp32: matrix products in full precision, TF32 is off; precision=bf16 is several times as fast"
-    return [said] if world.device.type == "cuda" and precision == "fp32" else []
