@@ -25,13 +25,13 @@ from distft.evaluation.loss import evaluate
 from distft.world import World
 from tests.faults.jobs import assembled, run_of
 from tests.faults.runs import Shop
-from tests.faults.test_full_disk import required
 from tests.parity.engine import Case, prepared, train
 from tests.parity.engine import run_of as case_run
 from tests.parity.reference import Recipe
 from tests.parity.test_behind import taken_up
 from tests.parity.test_resume import flip_a_bit
 from tests.pool import Pool
+from tests.required import cannot
 
 ROW = "two launches on one folder; the port taken; 1,000 evaluations and saves in a row"
 MIB = 1 << 20
@@ -191,7 +191,7 @@ def test_reading_back_reads_the_disk(tmp_path: Path) -> None:
     assert ranges.read_back(path, record) == ""
     fetched = read_from_disk() - start - cached
     if not fetched and on_tmpfs(tmp_path):
-        required("the folder of temporary files lies in memory")
+        cannot("faults", "the folder of temporary files lies in memory")
     assert cached < MIB, "control: a plain reading is answered from memory"
     assert fetched >= 8 * MIB
     path.write_bytes(b"x" + path.read_bytes()[1:])
