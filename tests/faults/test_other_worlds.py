@@ -104,7 +104,7 @@ def test_the_same_samples_and_losses(
 @pytest.mark.thorough
 @pytest.mark.trial(TRIAL)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize(("written", "read"), list(product(ENGINES, repeat=2)), ids="-".join)
+@pytest.mark.parametrize(("written", "read"), list(product(ENGINES, repeat=2)))
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (2, 4), (4, 2)])
 def test_the_same_samples_and_losses_from_every_engine_to_every_other(
     pool: Callable[[int], Pool], shop: Shop, whole: Whole, ranks_before: int, ranks_after: int, written: str, read: str,
