@@ -31,6 +31,7 @@ distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2
   distft generate <folder> [key=value …] answer a prompt with a trained model
   distft verify <folder> [key=value …]   tell whether a checkpoint, model or adapter is what was saved
   distft check run=<run folder>          prove what distft promises on a run's own model and data; or [key=value …]
+  distft doctor [key=value …]            tell whether a run would start on these machines, and what would slow it down
   distft preflight <config.yaml>         check a run's snapshot without a GPU
 
 distft train --help lists every knob. Exit codes: 0 done, 1 a bug, 2 your mistake, 3 a check said no,
@@ -285,6 +286,21 @@ def check(argv: list[str]) -> int:
     return verb(composed, source, preflight)
 
 
+def doctor(argv: list[str]) -> int:
+    """`distft doctor [key=value …]`: as a rank if a launcher made this process one, else it starts ranks itself."""
+    from distft.config.load import compose
+    from distft.launch.topology import place_of
+    from distft.launch.worker import without_local_rank
+    from distft.verbs.doctor import main as verb
+
+    words = without_local_rank(argv)
+    composed = compose(words, verb="doctor")
+    if composed.line.shows_only:
+        hand_over(composed, "doctor")
+        return errors.DONE
+    return verb(composed, words, place_of(os.environ))
+
+
 def literal(word: str) -> str:
     """A question as it was typed: its commas and quotes mean nothing to Hydra's grammar."""
     from distft.launch.start import quoted
@@ -301,5 +317,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": partial(of_folder, "generate", "the final/ of a run, or any model's folder"),
     "verify": partial(of_folder, "verify", "a run's, a checkpoint, a model or an adapter"),
     "check": check,
+    "doctor": doctor,
     "preflight": preflight,
 }

@@ -13,6 +13,8 @@ HEAD = {
     "train": "Fine-tune a language model. Run it as: python train.py [group=choice …] [key=value …] [-m]",
     "check": "Prove on a run's own model and data what distft promises. Run it as: distft check run=<run folder> or "
     "distft check [group=choice …] [key=value …]",
+    "doctor": "Tell whether a run would start on these machines, and what would slow it down. Run it as: distft doctor "
+    "[group=choice …] [key=value …]",
     "generate": "Answer a prompt with a trained model. Run it as: distft generate <folder> [key=value …]",
     "verify": "Tell whether a checkpoint, a model or an adapter is what was saved. Run it as: distft verify <folder> "
     "[key=value …]",
@@ -26,7 +28,7 @@ FOLDER adds configuration files of your own, and a run folder repeats its run: -
 def help_text(verb: str, schema: type, groups: dict[str, list[str]]) -> str:
     """`groups`: the options of each config group."""
     parts = [HEAD[verb], ""]
-    if verb in ("train", "check"):
+    if verb in ("train", "check", "doctor"):
         parts += [
             "Groups (group=choice):",
             *(f"  {group}={', '.join(options)}" for group, options in sorted(groups.items())),

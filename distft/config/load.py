@@ -47,6 +47,7 @@ SCHEMAS = {
     "generate": "distft.config.schema.generate:Generate",
     "verify": "distft.config.schema.verify:Verify",
     "check": "distft.config.schema.check:CheckedRun",
+    "doctor": "distft.config.schema.doctor:DoctoredRun",
 }
 SNAPSHOT = "snapshot"  # name in Hydra's config store of a snapshot whose groups are chosen anew
 

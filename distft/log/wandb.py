@@ -32,6 +32,31 @@ def display_name(run: Run, run_dir: Path) -> str:
     return f"{run_dir.parent.name}-{run_dir.name}" if run_dir.name.isdigit() else run_dir.name
 
 
+OFFLINE = ("offline", "dryrun")
+
+
+def key_of(settings: Any) -> str | None:
+    """The key that W&B would take without asking: of the environment, its settings or a netrc file."""
+    key = os.environ.get("WANDB_API_KEY") or settings.api_key
+    if key:
+        return str(key)
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        entry = netrc.netrc(str(path)).authenticators(urlsplit(settings.base_url).netloc)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return entry[2] if entry else None
+
+
+def credentials() -> tuple[str | None, str | None]:
+    """The server that W&B would send records to (None: it is switched off or offline), and the key for it."""
+    import wandb
+
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    address = None if settings.mode in ("disabled", *OFFLINE) else str(settings.base_url).rstrip("/")
+    return address, key_of(settings)
+
+
 class WandbTracker:
     """One W&B run. Its step axis is our own, so that a resumed run continues its curves where they left off.
 
@@ -96,15 +121,9 @@ class WandbTracker:
         settings = self.wandb.setup().settings
         if settings.mode == "disabled":
             return True  # nothing will be sent nor asked
-        if settings.mode in ("offline", "dryrun"):
+        if settings.mode in OFFLINE:
             return False
-        if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
-            return True
-        path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-        try:
-            return bool(netrc.netrc(str(path)).authenticators(urlsplit(settings.base_url).netloc))
-        except (OSError, netrc.NetrcParseError):
-            return False
+        return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or key_of(settings))
 
     def open(self) -> None:
         log = self.run.log

@@ -18,6 +18,7 @@ from distft.config.check import check
 from distft.config.load import SCHEMAS, compose, conf_dir
 from distft.config.schema import Run
 from distft.config.schema.check import CheckedRun
+from distft.config.schema.doctor import DoctoredRun
 from distft.config.schema.generate import Generate
 from distft.config.schema.verify import Verify
 from distft.config.words import knobs
@@ -124,6 +125,7 @@ def test_every_knob_is_read() -> None:
     assert unread(Generate, read_in_the_code()) == []
     assert unread(Verify, read_in_the_code()) == []
     assert unread(CheckedRun, read_in_the_code()) == []
+    assert unread(DoctoredRun, read_in_the_code()) == []
 
 
 def test_a_knob_that_nobody_reads_would_be_seen() -> None:
