@@ -8,10 +8,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distft.doctor.verdict import FAILS, WARN, Verdict, worst
+from distft.doctor.verdict import FAILS, OK, WARN, Verdict, worst
 
 PIECE = 4 << 20
 LARGEST = 128 << 20  # bytes written to measure the speed
@@ -44,14 +45,43 @@ def existing(path: Path) -> Path:
     return path
 
 
-def look(what: str, knob: str, path: Path) -> list[Verdict]:
-    """Try the file system where `path` is or will be. `knob`: sets that path."""
-    folder = existing(path)
-    try:
-        facts = probe(folder)
-    except OSError as error:
-        return [Verdict(what, FAILS, f"{folder} cannot be written: {error.strerror}", f"Free it, or set {knob}.")]
-    return judge(what, knob, facts)
+@dataclass(frozen=True)
+class Place:
+    """What lies there, the knob that says where, and the path."""
+
+    what: str
+    knob: str
+    path: Path
+
+
+def look(places: Sequence[Place]) -> list[Verdict]:
+    """Try the file systems on which these are or will be, each once."""
+    found: list[Verdict] = []
+    seen: dict[int, Place] = {}
+    for place in places:
+        folder = existing(place.path)
+        try:
+            writable(folder)
+            same = seen.setdefault(folder.stat().st_dev, place)
+            if same is place:
+                found += judge(place, probe(folder))
+            else:
+                found.append(Verdict(place.what, OK, f"{folder} is on the file system of the {same.what}"))
+        except OSError as error:
+            cure = f"Free space or mend its rights, or set {place.knob}."
+            found.append(Verdict(place.what, FAILS, f"{folder} cannot be written: {error.strerror}", cure))
+    return found
+
+
+def writable(folder: Path) -> None:
+    """
+    Raises:
+        OSError: a file cannot be made there.
+    """
+    with tempfile.NamedTemporaryFile(prefix=".distft-doctor-", dir=folder) as file:
+        file.write(b"written")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def probe(folder: Path) -> DiskFacts:
@@ -144,13 +174,13 @@ def try_locks(path: Path) -> bool:
     return False
 
 
-def judge(what: str, knob: str, facts: DiskFacts) -> list[Verdict]:
+def judge(place: Place, facts: DiskFacts) -> list[Verdict]:
     found = []
 
     def tell(state: str, said: str, cure: str) -> None:
-        found.append(Verdict(what, state, f"{facts.folder} {said}", cure))
+        found.append(Verdict(place.what, state, f"{facts.folder} {said}", cure))
 
-    elsewhere = f"Set {knob} to another file system."
+    elsewhere = f"Set {place.knob} to another file system."
     if not facts.sound:
         tell(FAILS, "does not give back what was written", f"Do not use this disk. {elsewhere}")
     if not facts.renames:
@@ -168,7 +198,7 @@ def judge(what: str, knob: str, facts: DiskFacts) -> list[Verdict]:
     good = (
         f"{facts.folder}: written at {speed(facts.written)} with fsync, read at {speed(facts.read)}, renames, locks, "
     )
-    return worst(what, found, f"{good}{facts.free / 1e9:.0f} GB free")
+    return worst(place.what, found, f"{good}{facts.free / 1e9:.0f} GB free")
 
 
 def speed(rate: float) -> str:

@@ -118,7 +118,11 @@ class Examination:
         """What is said to be looked at: the check it belongs to, the look, and how bad it is if that fails."""
         run, size = self.run, self.place.size
         local_size = self.place.local_size or 1
-        cache = cache_folder(run.data)
+        places = [
+            disk.Place("run folder", "run.dir", self.folder()),
+            disk.Place("cache", "data.cache_dir", cache_folder(run.data)),
+            disk.Place("scratch", "TMPDIR", Path(tempfile.gettempdir())),
+        ]
         return {
             "versions": ("versions", versions.look, FAILS),
             "devices": ("devices", partial(machine.look, local_size), FAILS),
@@ -128,9 +132,7 @@ class Examination:
                 partial(machine.programs, run.launch.target, run.launch.engine, run.model.compile),
                 FAILS,
             ),
-            "run folder": ("disk", partial(disk.look, "run folder", "run.dir", self.folder()), FAILS),
-            "cache": ("disk", partial(disk.look, "cache", "data.cache_dir", cache), FAILS),
-            "scratch": ("disk", partial(disk.look, "scratch", "TMPDIR", Path(tempfile.gettempdir())), WARN),
+            "disk": ("disk", partial(disk.look, places), FAILS),
             "tracker": ("tracker", partial(services.tracker, run.log.tracker), WARN),
             "hub": ("hub", services.hub, WARN),
         }

@@ -17,6 +17,10 @@ from distft.launch.topology import list_gpus
 GIB = 2**30
 MEMORY_OF_A_RANK = GIB  # what torch, transformers and a tiny model take
 SHARED_MEMORY = 64 << 20  # Docker's default; NCCL's ranks on one host talk through it
+CONTROL_GROUPS = [  # of the second version and of the first: where a container sees its own limit
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+]
 HEARTBEATS = 1 << 20  # bytes of shared memory for what a controller reads of its ranks
 
 
@@ -84,12 +88,13 @@ def try_gpu(index: int) -> Gpu:
 def available_memory() -> int:
     """Bytes that can still be had: of the machine, or of this control group where that has less."""
     available = int(psutil.virtual_memory().available)
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, int(limit) - used)
+    for folder, limit, used in CONTROL_GROUPS:
+        try:
+            most, taken = Path(folder, limit).read_text().strip(), int(Path(folder, used).read_text())
+        except (OSError, ValueError):
+            continue
+        available = available if most == "max" else min(available, int(most) - taken)
+    return available
 
 
 def driver_version() -> str:

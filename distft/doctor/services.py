@@ -52,7 +52,7 @@ def ask(address: str, body: str | None, key: str | None = None) -> tuple[int, st
     except urllib.error.HTTPError as error:
         return error.code, ""
     except urllib.error.URLError as error:
-        return 0, why(error.reason) if isinstance(error.reason, Exception) else error.reason
+        return 0, why(error.reason) if isinstance(error.reason, Exception) else str(error.reason)
     except (OSError, ValueError) as error:
         return 0, why(error)
 

@@ -120,7 +120,9 @@ def agrees(attend: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: Any) -> No
         output.square().sum().backward()
     bound = TOLERANCE[str(dtype).removeprefix("torch.")]
     gradients: list[Any] = [(a.grad, b.grad) for a, b in zip(got, wanted, strict=True)]
-    pairs = zip(("output", "query", "key", "value"), [(outputs[0], outputs[1]), *gradients], strict=True)
+    pairs = zip(
+        ("output", "query", "key", "value"), [tuple(output.detach() for output in outputs), *gradients], strict=True
+    )
     for name, (one, other) in pairs:
         apart = float((one.float() - other.float()).abs().max() / other.float().abs().max())
         if not apart <= bound:
