@@ -52,6 +52,7 @@ setup(
         "jinja2>=3.1.4,<4",
         "numpy>=2,<3",
         "omegaconf>=2.3.1,<2.4",
+        "packaging>=24",
         "peft>=0.21,<0.22",
         "psutil>=7,<8",
         "pyarrow>=24",

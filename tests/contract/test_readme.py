@@ -44,14 +44,18 @@ def problem_of(words: list[str]) -> str | None:
         return dry.stderr if dry.returncode else None
     if words[0] == "distft":
         verb, *rest = words[1:]
-        if verb not in ("train", "generate", "data", "check", "verify"):
+        if verb not in ("train", "generate", "data", "check", "doctor", "verify"):
             return f"unknown verb {verb}"
         if verb == "check":
             return refusal([word for word in rest if not word.startswith("run=")], "check")
+        if verb == "doctor":
+            return refusal(rest, verb)
         if verb in ("generate", "verify"):
             return refusal(rest[1:], verb)
         rest = [word for word in rest if not word.startswith("show.")]
         return refusal(rest[1:] if verb == "data" else rest, "train")
+    if words[0] == "torchrun" and words[-3:] == ["-m", "distft", "doctor"]:
+        return None
     if "train.py" not in words:
         return None if words[0] == "python" else f"{words[0]} starts no train.py"
     return refusal(words[words.index("train.py") + 1 :], "train")
