@@ -9,7 +9,8 @@ Every program runs in an environment of its own (made here the first time) throu
 folder, rows, precision (fp32) and threads, in turn: a repeat runs each once, the next repeat again. The first half of
 the steps of a run is warm-up. Medians over the repeats; everything measured goes into one JSON file. With more than
 one repeat an untimed run of each comes first, so that all start with the caches that their programs keep. An interrupt
-(Ctrl-C) ends it after the last complete repeat.
+(Ctrl-C) ends it after the last complete repeat. Where distft is not 1.1 times as fast as the fastest of the others (or
+everywhere, with --count), the operations of both are counted in a further run.
 Axolotl is not measured.
 """
 
@@ -31,7 +32,7 @@ from typing import Any
 import peers_environments
 from adapters import Work
 from peers_cases import BARS, LEAN, PADDED_ROWS, Case, cells, toy
-from peers_figures import Entry, bar_lines, cell_ratio, table
+from peers_figures import CLOSE, Entry, bar_lines, cell_ratio, operation_lines, pairs, table
 from peers_measure import Measured, run, settings_of
 
 HERE = Path(__file__).resolve().parent
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--programs", help="only these, by commas; default: all four")
     parser.add_argument("--every-setting", action="store_true", help="all settings of each program, not its best alone")
+    parser.add_argument("--count", action="store_true", help="count the operations of distft and the fastest other")
     parser.add_argument("--repeats", type=int, help="runs of each; default: 5, for --table and --toy 1")
     parser.add_argument("--steps", type=int, help="steps of a run, half of them warm-up; default: 12, for --table 6")
     parser.add_argument("--threads", type=int, default=2, help="of all processes of a run together; default: 2")
@@ -165,6 +167,27 @@ def once(
     return measured
 
 
+def count_operations(
+    cases: Sequence[Case], given: argparse.Namespace, entries: Sequence[Entry], steps: int
+) -> list[tuple[Entry, float, Entry, float]]:
+    """Ours and the fastest other with their operations a supervised token, in the cells that are close, or all.
+
+    Over the rows that were measured: attention makes a step of long rows cost more than a step of short ones.
+    """
+    known, counted = {case.name: case for case in cases}, []
+    for ours, rival in pairs(entries, float("inf") if given.count else CLOSE):
+        case = known[ours.case]
+        work, numbers = work_of(case, data_of(case, given.data), steps), []
+        for entry in (ours, rival):
+            print(f"counting  {case.name}  {entry.program} ({entry.setting})", flush=True)
+            python = interpreter(entry.program, given)
+            counted_run = run(entry.program, entry.setting, python, work, given.threads, 1, operations=True)
+            assert counted_run.operations is not None
+            numbers.append(counted_run.operations)
+        counted.append((ours, numbers[0], rival, numbers[1]))
+    return counted
+
+
 def interpreter(program: str, given: argparse.Namespace) -> Path:
     return Path(sys.executable) if given.here else peers_environments.python_of(program, given.environments)
 
@@ -205,6 +228,7 @@ def main() -> None:
     repeats = min(len(entry.runs) for entry in entries)
     programs = dict.fromkeys(entry.program for entry in entries)
     bars = bar_lines(BARS, entries)
+    operations = operation_lines(count_operations(cases, given, entries, steps))
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
@@ -222,6 +246,7 @@ def main() -> None:
         },
         "ratios": {case.name: cell_ratio(case.name, entries) for case in cases},
         "bars": bars[1:],
+        "operations": [dict(zip(operations[0], line, strict=True)) for line in operations[1:]],
         "entries": [entry.told() for entry in entries],
     }
     out = given.out or Path(f"peers-{time.strftime('%Y%m%d-%H%M%S')}.json")
@@ -230,6 +255,8 @@ def main() -> None:
     show(f"{hardware()['cpu']}, {given.threads} threads, medians of {repeats}", table(entries))
     if len(bars) > 1:
         show("bars", bars)
+    if len(operations) > 1:
+        show("counted operations: matrix products and attention, forward and backward", operations)
     print(f"Everything measured is in {out}; {report['seconds']} s.")
 
 

@@ -82,6 +82,40 @@ def cell_ratio(case: str, entries: Sequence[Entry]) -> float | None:
     return ours[0].median("supervised_per_second") / rival.median("supervised_per_second")
 
 
+CLOSE = 1.1  # a cell under this ratio is explained by what both have to compute
+
+
+def pairs(entries: Sequence[Entry], below: float) -> list[tuple[Entry, Entry]]:
+    """Ours and the fastest of the others, in the cells where ours is not `below` times as fast."""
+    found = []
+    for case in dict.fromkeys(entry.case for entry in entries):
+        here = [entry for entry in fastest_settings(entries) if entry.case == case]
+        theirs = [entry for entry in here if entry.program != "distft"]
+        ratio = cell_ratio(case, entries)
+        if ratio is not None and ratio < below:
+            ours = next(entry for entry in here if entry.program == "distft")
+            found.append((ours, best(theirs, "supervised_per_second")))
+    return found
+
+
+def operation_lines(counted: Sequence[tuple[Entry, float, Entry, float]]) -> list[list[str]]:
+    """Heading and rows: what the fastest other program computes for a supervised token, to what distft does."""
+    lines = [["case", "against", "MFLOP a supervised token", "of distft", "more", "faster"]]
+    for ours, our_operations, rival, operations in counted:
+        faster = ours.median("supervised_per_second") / rival.median("supervised_per_second")
+        lines.append(
+            [
+                ours.case,
+                f"{rival.program} ({rival.setting})",
+                f"{operations / 1e6:,.1f}",
+                f"{our_operations / 1e6:,.1f}",
+                f"{operations / our_operations:.2f} x",
+                f"{faster:.2f} x",
+            ]
+        )
+    return lines
+
+
 def table(entries: Sequence[Entry]) -> list[list[str]]:
     """Heading and rows: a line for every entry; `distft /` is ours divided by it in the same cell."""
     lines = [

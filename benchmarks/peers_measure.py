@@ -39,6 +39,7 @@ class Measured:
     memory_training: int  # bytes; the same up to the end of the last step, rank 0
     start: float  # seconds from the start of the process to the end of its first step
     losses: list[float]  # as the program logs them: all of them start near the logarithm of the vocabulary
+    operations: float | None = None  # of all ranks for a supervised token; None: not counted, which takes its time
 
 
 def settings_of(name: str) -> dict[str, str]:
@@ -46,8 +47,10 @@ def settings_of(name: str) -> dict[str, str]:
     return dict(importlib.import_module(MODULES[name]).SETTINGS)
 
 
-def run(name: str, setting: str, python: Path, work: Work, threads: int, warm_up: int) -> Measured:
-    """Train once in an empty temporary folder, which is removed.
+def run(
+    name: str, setting: str, python: Path, work: Work, threads: int, warm_up: int, operations: bool = False
+) -> Measured:
+    """Train once in an empty temporary folder, which is removed. `operations`: count them, in place of the time.
 
     Raises:
         RuntimeError: the program failed; its last lines are in the message.
@@ -64,6 +67,7 @@ def run(name: str, setting: str, python: Path, work: Work, threads: int, warm_up
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(work.rows.parent / "datasets" / name),
             "OBSERVE": str(folder),
+            **({"OBSERVE_OPERATIONS": "yes"} if operations else {}),
             "PYTHONPATH": str(HERE / "adapters" / "observer"),
         }
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
@@ -119,6 +123,7 @@ def told(folder: Path, name: str, ranks: int, began: float, memory: int, warm_up
         losses = [record["loss"] for record in records[0] if "loss" in record]
     seconds = ends[last]["time"] - ends[warm_up]["time"]
     count = last - warm_up
+    counted_operations = sum(record["operations"] for rank in records for record in rank if "operations" in record)
     return Measured(
         tokens_per_second=sum(tokens[warm_up:]) / seconds,
         supervised_per_second=sum(supervised[warm_up:]) / seconds,
@@ -130,6 +135,7 @@ def told(folder: Path, name: str, ranks: int, began: float, memory: int, warm_up
         memory_training=ends[last]["memory"],
         start=ends[1]["time"] - began,
         losses=losses,
+        operations=counted_operations / sum(supervised) if counted_operations else None,
     )
 
 

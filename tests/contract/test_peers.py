@@ -63,6 +63,38 @@ def test_bars_are_judged_against_the_best_setting_of_the_others() -> None:
     assert peers_figures.cell_ratio("cell", entries[1:]) is None
 
 
+def test_what_is_counted_are_products_and_attention() -> None:
+    import torch
+    from adapters.observer.operations import Operations
+
+    from distft.model.lora import adapted_linear
+
+    x, weight = torch.randn(10, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    query = torch.randn(1, 2, 16, 8, requires_grad=True)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    with Operations() as linear:
+        torch.nn.functional.linear(x, weight).sum().backward()
+    with Operations() as attention:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    with Operations() as in_place, torch.no_grad():
+        torch.zeros(10, 6).addmm_(x, weight.t())
+    with Operations() as adapted:
+        adapted_linear(x, [weight.detach()], [None], [a], [b], [1.0])[0].sum().backward()
+    assert linear.total == 3 * 2 * 10 * 8 * 6
+    assert attention.total == 7 * 2 * 2 * 16 * 16 * 8  # two products forward, five backward
+    assert in_place.total == 2 * 10 * 6 * 8
+    assert adapted.total == 2 * 10 * (2 * 8 * 6 + 3 * 8 * 2 + 3 * 2 * 6)  # the frozen weight has no gradient
+
+
+def test_close_cells_are_told_with_their_operations() -> None:
+    entries = [entry("distft", 40.0, 60), entry("TRL", 20.0, 100), entry("Trainer", 38.0, 80)]
+    [(ours, rival)] = peers_figures.pairs(entries, peers_figures.CLOSE)
+    assert (ours.program, rival.program) == ("distft", "Trainer")
+    assert peers_figures.pairs([entries[0], entries[1]], peers_figures.CLOSE) == []
+    [line] = peers_figures.operation_lines([(ours, 2e6, rival, 3e6)])[1:]
+    assert line[2:] == ["3.0", "2.0", "1.50 x", "1.05 x"]
+
+
 def test_batches_are_put_to_their_steps() -> None:
     records = [{"batches_per_step": 2}, *({"tokens": n, "supervised": 1} for n in (1, 2, 3, 4, 99)), {"step": 1}]
     assert by_step(records, 2) == ([3, 7], [2, 2])

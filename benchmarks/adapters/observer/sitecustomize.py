@@ -2,9 +2,10 @@
 where the folder stands on PYTHONPATH and $OBSERVE names a folder to write to.
 
 Each process that trains writes `<rank>.jsonl`: a line a step (time of day at its end, processor seconds and peak
-memory so far), a line a collated batch (real tokens, supervised tokens), a line a logged loss, and how many batches
-make a step. In programs on transformers' Trainer a callback and a wrapped collator write them; in distft, whose own
-metrics count the tokens, the end of `Fit.step` does.
+memory so far), a line a collated batch (real tokens, supervised tokens), a line a logged loss, how many batches make a
+step, and, where $OBSERVE_OPERATIONS is set, a line a pass with its floating-point operations. In programs on
+transformers' Trainer a callback and a wrapped collator write them; in distft, whose own metrics count the tokens, the
+end of `Fit.step` does.
 """
 
 from __future__ import annotations
@@ -47,6 +48,22 @@ def count(features: Sequence[Any], batch: Any) -> dict[str, int]:
     return {"tokens": tokens, "supervised": int((batch["labels"][:, 1:] != -100).sum())}
 
 
+def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with a line of what it computed behind each call."""
+    if "OBSERVE_OPERATIONS" not in os.environ:
+        return function
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        from operations import Operations  # beside this file
+
+        with Operations() as so_far:
+            answer = function(*arguments, **named)
+        write(operations=so_far.total)
+        return answer
+
+    return counted
+
+
 def observe_trainer(module: ModuleType) -> None:
     """A callback and a counting collator in every `transformers.Trainer`."""
     from transformers.trainer_callback import TrainerCallback
@@ -63,6 +80,7 @@ def observe_trainer(module: ModuleType) -> None:
 
     def watched(trainer: Any, *arguments: Any, **named: Any) -> None:
         original(trainer, *arguments, **named)
+        trainer.training_step = counting(trainer.training_step)
         collate = trainer.data_collator
 
         def counted(features: Sequence[Any]) -> Any:
@@ -79,7 +97,7 @@ def observe_trainer(module: ModuleType) -> None:
 
 def observe_fit(module: ModuleType) -> None:
     """The end of distft's `Fit.step`."""
-    original = module.Fit.step
+    original = counting(module.Fit.step)
 
     def watched(fit: Any, *arguments: Any, **named: Any) -> Any:
         answer = original(fit, *arguments, **named)
