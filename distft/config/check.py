@@ -21,6 +21,7 @@ from distft.config.redact import redact
 from distft.config.resuming import HASHED
 from distft.config.schema import Run, Source
 from distft.config.schema.strategy import FSDP, ZERO
+from distft.config.slurm_rules import slurm
 from distft.config.words import knobs, nearest, sections
 
 
@@ -45,6 +46,7 @@ def check(run: Run) -> list[str]:
         tracking,
         resuming,
         launching,
+        slurm,
     )
     hidden = list(secrets(run))  # alone: what else is wrong would repeat the value
     return hidden or [problem for rule in rules for problem in rule(run)]

@@ -10,16 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from distft import errors
 from distft.config.check import check, settle, with_absolute_paths
 from distft.config.redact import redact
 from distft.config.schema import Run
+from distft.config.slurm_rules import num_ranks as num_ranks_of_job
 from distft.errors import Mistakes
-from distft.launch import deadline, output
+from distft.launch import deadline, output, queue
 from distft.launch.folder import make_folder, place_run
 from distft.launch.restart import keep_running, newest_checkpoint
 from distft.launch.stall import watching
@@ -54,12 +56,17 @@ def start_run(
     if sweep_folder is not None:
         run = in_sweep(run, sweep_folder)
     known, run = place_run(with_absolute_paths(run))
+    if run.launch.target == "slurm" and not run.launch.dry_run:
+        queue.refuse(run, known)
     size = num_ranks(run.launch.ranks)
     run_dir = make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
     in_children = run.launch.engine != "direct" or sweep_folder is not None or run.launch.max_restarts > 0
-    alone = size == 1 and not in_children
+    alone = size == 1 and not in_children and run.launch.target == "local"
     snapshot = run_dir / "config.yaml"
     resume = run.resume if run.resume not in ("auto", "never") else None
+    if run.launch.dry_run and run.launch.target == "slurm":
+        print(queue.shown(run, run_dir, resume))
+        return errors.DONE
     if run.launch.dry_run:
         commands = [verb_command("preflight", str(snapshot))]
         commands += worker_commands(run.launch.engine, size, snapshot, resume)
@@ -104,13 +111,29 @@ def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
 UNTOLD = {errors.BUG: "failed", errors.STALLED: "stalled", errors.ENDED_AT_ONCE: "ended_at_once"}
 
 
-TARGETS = {"local": start_local}  # by launch.target
+def start_slurm(run: Run, run_dir: Path, resume: str | None) -> int:
+    """A job for Slurm: all that can be found wrong is found here, before it waits in the queue for its nodes."""
+    signals = Signals()
+    script = queue.write_script(run, run_dir, resume)
+    start = queue.try_out(script)
+    with signals.caught():
+        size = {"WORLD_SIZE": str(num_ranks_of_job(run.launch))}
+        code = preflight_in_child(run_dir / "config.yaml", signals, size)
+    if code or signals.received:
+        return code or errors.SAVED_AFTER_SIGNAL
+    return queue.submit(run, run_dir, script, start)
 
 
-def preflight_in_child(snapshot: Path, signals: Signals) -> int:
-    """`distft preflight` in a process that ends before any rank starts, and with it all that it imported."""
+TARGETS = {"local": start_local, "slurm": start_slurm}  # by launch.target
+
+
+def preflight_in_child(snapshot: Path, signals: Signals, told: Mapping[str, str] = MappingProxyType({})) -> int:
+    """`distft preflight` in a process that ends before any rank starts, and with it all that it imported.
+
+    `told`: environment variables, such as the number of ranks where the snapshot does not say it.
+    """
     command = verb_command("preflight", str(snapshot))
-    environment = {**os.environ, **command.environment, PARENT: str(os.getpid())}
+    environment = {**os.environ, **command.environment, **told, PARENT: str(os.getpid())}
     process = subprocess.Popen(command.argv, env=environment, process_group=0)
     sent = 0
     while process.poll() is None:

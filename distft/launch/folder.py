@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from distft import pulse
 from distft.config.load import write_snapshot
 from distft.config.redact import redact
 from distft.config.schema import Run
 from distft.errors import UserMistake
-from distft.launch import lock
-from distft.pulse import forget
+from distft.launch import failure, lock
 
 PACKAGES = """
     distft torch transformers deepspeed peft datasets tokenizers hydra-core omegaconf wandb numpy pyarrow safetensors
@@ -60,7 +60,7 @@ def place_run(run: Run) -> tuple[Path | None, Run]:
     folder = Path(run.run.dir).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UserMistake(f"run.dir={run.run.dir} is a file. Name a folder.")
-    if folder.is_dir() and any(not path.name.startswith(lock.LOCK) for path in folder.iterdir()):
+    if folder.is_dir() and any(not goes_before(path.name) for path in folder.iterdir()):
         if not (folder / "config.yaml").is_file():
             raise UserMistake(f"run.dir={run.run.dir} holds files and is no run folder. Name a new or an empty one.")
         if run.resume == "never":
@@ -69,6 +69,11 @@ def place_run(run: Run) -> tuple[Path | None, Run]:
                 "go on with it: resume=auto."
             )
     return folder, run
+
+
+def goes_before(name: str) -> bool:
+    """What may lie in a folder before its run begins: a lock, and the logs of whatever starts it."""
+    return name == "logs" or name.startswith(lock.LOCK)
 
 
 def requeued_folder(run: Run) -> Path | None:
@@ -89,7 +94,7 @@ def make_folder(run: Run, command: Sequence[str], folder: Path | None, job_id: s
     path = folder or new_folder(run, job_id)
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        forget(path)
+        pulse.forget(path)
     except OSError as error:
         raise UserMistake(f"run.dir={path} cannot be made: {error.strerror}. Name one that you may write.") from None
     lock.take(path)
@@ -104,6 +109,13 @@ def make_folder(run: Run, command: Sequence[str], folder: Path | None, job_id: s
         lines.write(redact(shlex.join(command)) + "\n")
     (path / "environment.txt").write_text(redact(environment_text()), encoding="utf-8")
     return path
+
+
+def forget(run_dir: Path) -> None:
+    """What ranks of an earlier start have left to be looked at while a run runs; and tell where this one does."""
+    pulse.forget(run_dir)
+    failure.forget(run_dir)
+    (run_dir / "environment.txt").write_text(redact(environment_text()), encoding="utf-8")
 
 
 def new_folder(run: Run, job_id: str | None = None) -> Path:

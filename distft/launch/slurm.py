@@ -1,18 +1,72 @@
-"""What a run inside a Slurm job asks Slurm: when the job ends, and to put it back into the queue.
+"""What Slurm is asked: its partitions, whether a job is in the queue, when it ends, and to put it back there.
 
-https://slurm.schedmd.com/squeue.html, https://slurm.schedmd.com/scontrol.html
+https://slurm.schedmd.com/sinfo.html, squeue.html, scontrol.html
 """
 
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from distft.errors import SignalStop
 
 ANSWER_SECONDS = 20.0  # a busy controller of Slurm takes long to answer
+REQUEUE = "DISTFT_REQUEUE"  # environment: a file by which rank 0 asks the job's script, which acts when all have left
+LENGTH = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")  # [days-][hours:]minutes:seconds, as sinfo writes them
+
+
+@dataclass(frozen=True)
+class Partition:
+    name: str
+    is_default: bool
+    seconds: float | None  # longest time of a job; None: no limit
+    nodes: int
+    gpus: int  # of the node that has most
+
+
+def partitions(environment: Mapping[str, str]) -> list[Partition]:
+    """Slurm's partitions; none where sinfo does not answer."""
+    return read_partitions(ask(["sinfo", "--noheader", "--format=%P|%l|%D|%G"], environment))
+
+
+def read_partitions(answer: str) -> list[Partition]:
+    """`answer`: lines of name, time limit, nodes and generic resources; a line for each kind of node."""
+    found: dict[str, Partition] = {}
+    for line in answer.splitlines():
+        name, limit, nodes, resources = line.split("|")
+        name, is_default = name.removesuffix("*"), name.endswith("*")
+        seen = found.get(name)
+        found[name] = Partition(
+            name,
+            is_default,
+            seconds_of(limit),
+            int(nodes) + (seen.nodes if seen else 0),
+            max(gpus_of(resources), seen.gpus if seen else 0),
+        )
+    return list(found.values())
+
+
+def seconds_of(text: str) -> float | None:
+    found = LENGTH.fullmatch(text)
+    if found is None:  # infinite, n/a
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def gpus_of(resources: str) -> int:
+    """Of a node's generic resources: `gpu:h100:8(S:0-1),nvme:1` -> 8."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", resources))
+
+
+def state_of(job: str, environment: Mapping[str, str]) -> str:
+    """PENDING, RUNNING, …; empty where the queue does not hold the job."""
+    return ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], environment).strip()
 
 
 def end_of_job(environment: Mapping[str, str]) -> float | None:
@@ -52,6 +106,9 @@ def requeue(wish: str | bool, stop: SignalStop, environment: Mapping[str, str]) 
     job = environment.get("SLURM_JOB_ID")
     if not job or wish is False or (wish == "auto" and not stop.by_slurm):
         return ""
+    if note := environment.get(REQUEUE):
+        Path(note).touch()
+        return f"Job {job} goes back into the queue, to go on from the checkpoint."
     program = shutil.which("scontrol", path=environment.get("PATH"))
     if program is None:
         return f"Job {job} cannot be requeued: there is no scontrol on PATH."

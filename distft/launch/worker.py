@@ -19,6 +19,7 @@ from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
 from distft.errors import Mistakes, Stop, UserMistake
 from distft.launch import agree, deadline, folder, lock, output
+from distft.launch.restart import wrote_checkpoints
 from distft.launch.start import STATUS_FOLDER
 from distft.launch.topology import Place, slurm_environment
 from distft.parent import follow_controller
@@ -90,8 +91,13 @@ def read_run(arguments: Arguments) -> Run:
         raise Mistakes(problems)
     if arguments.snapshot is None:
         deadline.settle(run, time.time(), {})  # refuses one that is over
-    if arguments.resume:
-        run = dataclasses.replace(run, resume=arguments.resume)
+    resume = arguments.resume
+    if arguments.snapshot is not None and not arguments.prepared:  # a script starts ranks, perhaps not the first time
+        run_dir = arguments.snapshot.absolute().parent
+        if (resume or run.resume != "auto") and wrote_checkpoints(run_dir):
+            resume = str(run_dir)
+    if resume:
+        run = dataclasses.replace(run, resume=resume)
     return with_absolute_paths(run)
 
 
@@ -152,6 +158,8 @@ def prepare(argv: Sequence[str], command: Sequence[str], place: Place, preflight
         if arguments.snapshot is not None:
             assert known is not None
             lock.take(known)
+            if not arguments.prepared:  # no controller has done it
+                folder.forget(known)
             return known
         return folder.make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
 

@@ -39,6 +39,8 @@ def needs(choice: str, rows: Path) -> list[str]:
     group, _, option = choice.partition("/")
     if (group, option) == ("model", "hf"):
         return ["model.path=owner/name"]
+    if (group, option) == ("launch", "slurm"):
+        return ["launch.gpus_per_node=8"]
     if group == "data" and option != "python_docs":
         return [f"data.path={rows}"]
     return []

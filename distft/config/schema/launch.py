@@ -8,8 +8,9 @@ from distft.config.schema.knob import choice
 
 @dataclass
 class Launch:
-    target: str = choice("local")
-    """Where the workers run: local: on this machine."""
+    target: str = choice("local", "slurm")
+    """Where the workers run. local: on this machine; slurm: in a job that goes into Slurm's queue, or, inside of an
+    allocation, on its nodes."""
 
     ranks: Any = "auto"
     """Worker processes; auto: one a GPU, or one where there is none."""
@@ -39,6 +40,44 @@ class Launch:
 
     start_timeout: float = 600.0
     """Seconds in which preflight has to end and every rank has to arrive."""
+
+    # What follows is for target=slurm alone.
+
+    nodes: int = 1
+    """Nodes of the Slurm job."""
+
+    gpus_per_node: int | None = None
+    """GPUs on each node, one rank each. Without it launch.ranks ranks share the nodes, on their CPUs."""
+
+    cpus_per_rank: int | None = None
+    """CPU cores of each rank; default: what the cluster gives a task."""
+
+    partition: str | None = None
+    """Slurm partition (queue); default: the cluster's."""
+
+    account: str | None = None
+    """Slurm account that pays."""
+
+    qos: str | None = None
+    """Slurm quality of service."""
+
+    time: Any = None
+    """Time limit of the job as [days-]HH:MM:SS; default: the partition's."""
+
+    signal_seconds: int = 120
+    """Seconds before the time limit at which Slurm asks all ranks to save and end."""
+
+    sbatch: list[str] = field(default_factory=list)
+    """More options of sbatch, such as --exclusive, --mem=0 or --constraint=h100."""
+
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the ranks start, such as `module load cuda`; they run on the job's first node."""
+
+    container: str | None = None
+    """Image that the ranks run in: a name or .sqsh file for pyxis (srun --container-image), or a .sif for apptainer."""
+
+    mounts: list[str] = field(default_factory=list)
+    """Folders that the container sees besides the run folder: /data or /outside:/inside."""
 
 
 @dataclass
