@@ -22,6 +22,7 @@ def be_rank(argv: list[str], place: Place, command: list[str]) -> int:
     from distft.verbs.preflight import preflight
     from distft.verbs.train import work
 
+    argv = worker.take_environment(argv)
     worker.be_a_rank(place)
     code, run_dir = errors.BUG, worker.folder_told(argv)
     try:

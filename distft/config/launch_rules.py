@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from distft.config.given import ignored
 from distft.config.schema import Run
 from distft.config.times import moment_of
 
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+SSH = ("hostfile", "include", "exclude", "ssh_port", "address", "port", "interface", "variables")
+
 
 def launching(run: Run) -> Iterator[str]:
     launch = run.launch
+    if launch.target != "ssh":
+        names = [f"launch.{name}" for name in SSH]
+        yield from ignored(run, names, f"with launch={launch.target} (launch=ssh starts on several hosts)")
+    elif not launch.hostfile:
+        yield "launch=ssh needs launch.hostfile: a file of hosts, a line such as `node01 slots=8` for each."
+    if launch.port != "auto" and not (type(launch.port) is int and 0 < launch.port < 65536):
+        yield f"launch.port={launch.port}: auto or a port from 1 to 65535 is wanted."
+    if wrong := [name for name in launch.variables if not NAME.fullmatch(str(name))]:
+        yield f"launch.variables: {', '.join(map(str, wrong))}: names are wanted, such as [MY_TOKEN]; values stay here."
     if launch.max_restarts == 0:
         why = "with launch.max_restarts=0: a crash ends the run"
         yield from ignored(run, ["launch.min_ranks", "launch.restart_seconds"], why)
@@ -38,6 +51,11 @@ def launching(run: Run) -> Iterator[str]:
 
 def launched_by_hand(run: Run) -> Iterator[str]:
     """What has no effect where ranks were started by another than distft."""
+    if run.launch.target == "ssh":
+        yield (
+            "launch=ssh has no effect under a launcher of ranks, which starts them itself. Start with python train.py "
+            "… launch=ssh, or drop launch=ssh and what belongs to it."
+        )
     if run.launch.max_restarts:
         yield (
             f"launch.max_restarts={run.launch.max_restarts} has no effect under a launcher of ranks, which ends when "

@@ -52,6 +52,7 @@ RANGES: dict[str, Range] = {
     "verify.max_memory": POSITIVE,
     "launch.ranks": COUNT,
     "launch.start_timeout": POSITIVE,
+    "launch.ssh_port": COUNT,
     "launch.max_restarts": NATURAL,
     "launch.min_ranks": COUNT,
     "launch.restart_seconds": NOT_NEGATIVE,

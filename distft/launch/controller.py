@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,16 @@ from distft.config.schema import Run
 from distft.config.slurm_rules import num_ranks as num_ranks_of_job
 from distft.errors import Mistakes
 from distft.launch import deadline, output, queue
+from distft.launch.fleet import hosts_of
 from distft.launch.folder import make_folder, place_run
-from distft.launch.restart import keep_running, newest_checkpoint
-from distft.launch.stall import watching
+from distft.launch.hostfile import at
+from distft.launch.hosts import shown
+from distft.launch.restart import Places, keep_running, newest_checkpoint
+from distft.launch.ssh import Attempt, fleet_of
+from distft.launch.stall import watching, watching_hosts
 from distft.launch.start import verb_command, worker_commands
 from distft.launch.stop import STOP_SIGNALS, Signals
-from distft.launch.topology import num_ranks
+from distft.launch.topology import count_gpus, num_ranks
 from distft.launch.watch import Ending, run_direct, run_launcher
 from distft.parent import PARENT
 from distft.result import write_failure
@@ -58,14 +63,15 @@ def start_run(
     known, run = place_run(with_absolute_paths(run))
     if run.launch.target == "slurm" and not run.launch.dry_run:
         queue.refuse(run, known)
+    hosts = hosts_of(run) if run.launch.target == "ssh" else []
     size = num_ranks(run.launch.ranks)
     run_dir = make_folder(run, command, known, os.environ.get("SLURM_JOB_ID"))
     in_children = run.launch.engine != "direct" or sweep_folder is not None or run.launch.max_restarts > 0
     alone = size == 1 and not in_children and run.launch.target == "local"
     snapshot = run_dir / "config.yaml"
     resume = run.resume if run.resume not in ("auto", "never") else None
-    if run.launch.dry_run and run.launch.target == "slurm":
-        print(queue.shown(run, run_dir, resume))
+    if run.launch.dry_run and run.launch.target != "local":
+        print(shown(run, run_dir, hosts, resume) if hosts else queue.shown(run, run_dir, resume))
         return errors.DONE
     if run.launch.dry_run:
         commands = [verb_command("preflight", str(snapshot))]
@@ -87,7 +93,10 @@ def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
     until = deadline.settle(run, time.time())
     told = {deadline.VARIABLE: until.text() if until else "none"}
 
-    def attempt(size: int, resume: str | None) -> Ending:
+    host, gpus = socket.gethostname(), count_gpus()
+
+    def attempt(places: Places, resume: str | None) -> Ending:
+        size = places[host]
         commands = worker_commands(run.launch.engine, size, snapshot, resume)
         with watching(run, run_dir, size) as (look, environment):
             commands = [command.also(told | environment) for command in commands]
@@ -101,7 +110,37 @@ def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
         if code or signals.received:
             return code or errors.SAVED_AFTER_SIGNAL
         size, at = num_ranks(run.launch.ranks), until.at if until else None
-        ended = keep_running(run, run_dir, size, resume, attempt, signals, at)
+        ended = keep_running(
+            run, run_dir, {host: size}, resume, attempt, signals, at, lambda: {host: size - max(0, gpus - count_gpus())}
+        )
+    return told_of(ended, run_dir)
+
+
+def start_ssh(run: Run, run_dir: Path, resume: str | None) -> int:
+    """All ranks on the hosts of `launch.hostfile`, which are looked at before preflight and before any of them."""
+    signals = Signals()
+    until = deadline.settle(run, time.time())
+    told = {deadline.VARIABLE: until.text() if until else "none"}
+    with fleet_of(run, run_dir) as fleet:
+        places = {host.name: len(host.slots) for host in fleet.hosts}
+
+        def attempt(places: Places, resume: str | None) -> Ending:
+            hosts = at(fleet.hosts, places)
+            look = watching_hosts(run, run_dir, sum(places.values()))
+            return Attempt(fleet, hosts, signals, look).carry_out(resume, told)
+
+        with signals.caught():
+            code = preflight_in_child(run_dir / "config.yaml", signals, {"WORLD_SIZE": str(sum(places.values()))})
+            if code or signals.received:
+                return code or errors.SAVED_AFTER_SIGNAL
+            fleet.refuse_blind()
+            at_latest = until.at if until else None
+            ended = keep_running(run, run_dir, places, resume, attempt, signals, at_latest, fleet.available)
+    return told_of(ended, run_dir)
+
+
+def told_of(ended: Ending, run_dir: Path) -> int:
+    """The exit code of a run, whose end is in result.json also where no rank could write it."""
     if ended.code in UNTOLD:
         write_failure(run_dir, UNTOLD[ended.code], ended.sentence, newest_checkpoint(run_dir))
     return ended.code
@@ -124,7 +163,7 @@ def start_slurm(run: Run, run_dir: Path, resume: str | None) -> int:
     return queue.submit(run, run_dir, script, start)
 
 
-TARGETS = {"local": start_local, "slurm": start_slurm}  # by launch.target
+TARGETS = {"local": start_local, "ssh": start_ssh, "slurm": start_slurm}  # by launch.target
 
 
 def preflight_in_child(snapshot: Path, signals: Signals, told: Mapping[str, str] = MappingProxyType({})) -> int:

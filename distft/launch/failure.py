@@ -144,6 +144,7 @@ class End:
     host: str = ""
     by_us: bool = False  # it was still there when all that was left was ended
     failure: Failure | None = None
+    lost: str = ""  # why nothing is known of it: its host is gone
 
     @property
     def exit_code(self) -> int:
@@ -153,6 +154,8 @@ class End:
         return self.code if self.code in (*DELIBERATE, errors.ENDED_AT_ONCE) else errors.BUG
 
     def __str__(self) -> str:
+        if self.lost:
+            return f"host {self.host} was lost in the middle of the run ({self.lost})"
         who = f"rank {self.rank} on {self.host or socket.gethostname()}"
         if self.code < 0:
             cause = ": often the kernel, when memory has run out (see dmesg)" if -self.code == signal.SIGKILL else ""
@@ -176,6 +179,8 @@ def first_cause(ends: Iterable[End]) -> End | None:
 
 def likelihood(end: End) -> int:
     """0: a cause of its own; 1: may be either; 2: follows another's."""
+    if end.lost:
+        return 0
     if end.failure is not None:
         return 2 if end.failure.follows else 0
     if end.code < 0:

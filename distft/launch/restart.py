@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from distft import errors
 from distft.config.schema import Run
 from distft.launch.stop import Signals
-from distft.launch.topology import count_gpus
 from distft.launch.watch import Ending, say
 
 LONGEST_WAIT = 60.0  # seconds before a restart, unless launch.restart_seconds is longer
@@ -112,15 +110,25 @@ def manifests(run_dir: Path) -> list[Path]:
     return [path for path in (run_dir / "checkpoints").glob("step-*/manifest.json") if STEP.fullmatch(path.parent.name)]
 
 
-Attempt = Callable[[int, str | None], Ending]  # number of ranks, what to resume -> how it ended
+Places = Mapping[str, int]  # ranks by host
+Attempt = Callable[[Places, str | None], Ending]  # where, what to resume -> how it ended
 
 
 def keep_running(
-    run: Run, run_dir: Path, size: int, resume: str | None, attempt: Attempt, signals: Signals, deadline: float | None
+    run: Run,
+    run_dir: Path,
+    places: Places,
+    resume: str | None,
+    attempt: Attempt,
+    signals: Signals,
+    deadline: float | None,
+    available: Callable[[], Places],
 ) -> Ending:
-    """Start the ranks of this machine until they end well, are to end, or it is of no use.
+    """Start the ranks until they end well, are to end, or it is of no use.
 
     Args:
+        places: where ranks are to run at first.
+        available: how many ranks can be started now, by host; asked after a crash.
         resume: a checkpoint or run folder that is not written in the snapshot.
         deadline: seconds since 1970 after which nothing is started again.
 
@@ -128,16 +136,14 @@ def keep_running(
         how the last start ended.
     """
     crashes: list[Crash] = []
-    host, gpus = socket.gethostname(), count_gpus()
-    places: Mapping[str, int] = {host: size}
     while True:
         began = time.monotonic()
-        ended = on_a_free_port(attempt, sum(places.values()), resume, signals)
+        ended = on_a_free_port(attempt, places, resume, signals)
         if ended.code not in (errors.BUG, errors.STALLED) or signals.received or not run.launch.max_restarts:
             return ended
         culprit = ended.cause.host if ended.cause else None
         crashes.append(Crash(places, newest_checkpoint(run_dir), time.monotonic() - began, culprit))
-        follows = what_follows(run, crashes, {host: size - max(0, gpus - count_gpus())}, deadline)
+        follows = what_follows(run, crashes, available(), deadline)
         note(run_dir, ended, crashes, follows)
         if isinstance(follows, GiveUp):
             say(f"Not started again: {follows.reason}. When the cause is mended: resume={run_dir}.")
@@ -180,14 +186,14 @@ def wrote_checkpoints(run_dir: Path) -> bool:
     return any(path.stat().st_mtime >= since for path in manifests(run_dir))
 
 
-def on_a_free_port(attempt: Attempt, size: int, resume: str | None, signals: Signals) -> Ending:
+def on_a_free_port(attempt: Attempt, places: Places, resume: str | None, signals: Signals) -> Ending:
     """Try again, on another port, where somebody took it between the choice and the start."""
     for _ in range(PORT_TRIES - 1):
-        ended = attempt(size, resume)
+        ended = attempt(places, resume)
         if not port_taken(ended) or signals.received:
             return ended
         say("The port that was chosen is taken; another one is tried.")
-    return attempt(size, resume)
+    return attempt(places, resume)
 
 
 def port_taken(ended: Ending) -> bool:

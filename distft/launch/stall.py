@@ -28,7 +28,7 @@ from distft.launch.blame import STOPPED, Patience, sentence
 from distft.launch.restart import newest_checkpoint
 from distft.launch.topology import place_of
 from distft.launch.worker import leave_exit_code
-from distft.pulse import FOLDER, STACKS, forget, publication, read_publication, stacks_file
+from distft.pulse import FOLDER, PUBLISH_SECONDS, STACKS, forget, publication, read_publication, stacks_file
 from distft.result import write_failure
 
 STACK_SECONDS = 3.0  # how long ranks get to write their stacks
@@ -96,17 +96,29 @@ def watching(run: Run, run_dir: Path, size: int) -> Iterator[tuple[Callable[[], 
         yield StallWatch(run_dir, size, patience, Path(memory)).look, {FOLDER: memory}
 
 
-class StallWatch:
-    """The controller's look at `size` ranks whose memory lies in `memory`."""
+def watching_hosts(run: Run, run_dir: Path, size: int) -> Callable[[], str | None]:
+    """The look of a controller at ranks on other hosts, for one start of them."""
+    return StallWatch(run_dir, size, Patience(run.guard.stall_seconds, run.launch.start_timeout), None).look
 
-    def __init__(self, run_dir: Path, size: int, patience: Patience, memory: Path) -> None:
+
+class StallWatch:
+    """The controller's look at `size` ranks whose memory lies in `memory`; None: they run on other hosts, and are seen
+    through what they publish."""
+
+    def __init__(self, run_dir: Path, size: int, patience: Patience, memory: Path | None) -> None:
         self.run_dir, self.size, self.patience = run_dir, size, patience
         self.sights = Sights(run_dir, size, memory)
+        self.next_look = 0.0
         forget(run_dir)
 
     def look(self) -> str | None:
         """The sentence about a run that stands still, once; stacks of all ranks are saved by then. Else None."""
         beats = self.sights.of_this_host()
+        if self.sights.memory is None:
+            if time.monotonic() < self.next_look:
+                return None
+            self.next_look = time.monotonic() + PUBLISH_SECONDS / 2
+            beats = self.sights.of_others([])
         waited = max((beat.age / self.patience.of(beat) for beat in beats if not beat.ended), default=0.0)
         if waited < 0.5:
             return None

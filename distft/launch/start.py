@@ -53,13 +53,18 @@ def verb_command(*words: str) -> Command:
     return Command([sys.executable, "-m", "distft", *words], package_path())
 
 
+def rank_words(snapshot: Path, resume: str | None) -> list[str]:
+    """What every rank is told, after `distft`."""
+    return ["train", f"--snapshot={snapshot}", "--prepared", *([f"--resume={resume}"] if resume else [])]
+
+
 def worker_commands(engine: str, size: int, snapshot: Path, resume: str | None) -> list[Command]:
     """The processes of one run: a command for each rank, or the one of a foreign launcher that starts them.
 
     `resume`: a checkpoint or run folder that is not written in the snapshot.
     """
     port = free_port()
-    words = ["train", f"--snapshot={snapshot}", "--prepared", *([f"--resume={resume}"] if resume else [])]
+    words = rank_words(snapshot, resume)
     if engine == "direct":
         return [
             Command([sys.executable, "-m", "distft", *words], {**package_path(), **environment_of(rank, size, port)})

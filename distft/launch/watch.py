@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from distft import errors
 from distft.launch import failure
@@ -27,6 +28,14 @@ STOP_SECONDS = 60.0  # the same after a deliberate end: rank 0 may still be writ
 LOOK_SECONDS = 0.5
 
 
+class Waited(Protocol):
+    """What is asked of a process, on whatever host it runs."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
 @dataclass
 class Watched:
     """How the processes of one start ended."""
@@ -38,7 +47,7 @@ class Watched:
 
 
 def watch(
-    processes: list[Process],
+    processes: Sequence[Waited],
     signals: Signals,
     send: Callable[[int], None],
     kill: Callable[[], None],
@@ -199,7 +208,7 @@ def ending(
 def last_words(cause: End, run_dir: Path) -> str:
     """The end of the log of a rank that has no terminal."""
     path = run_dir / "logs" / f"rank-{cause.rank}.log"
-    tail = last_lines(path) if cause.rank != 0 and cause.code > 0 else ""
+    tail = last_lines(path) if cause.rank != 0 and cause.code > 0 and not cause.lost else ""
     return f" The last lines of {path}:\n{tail}" if tail else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -19,6 +20,8 @@ from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
 from distft.errors import Mistakes, Stop, UserMistake
 from distft.launch import agree, deadline, folder, lock, output
+from distft.launch.facts import memory_folder
+from distft.launch.node import VARIABLES
 from distft.launch.restart import wrote_checkpoints
 from distft.launch.start import STATUS_FOLDER
 from distft.launch.topology import Place, slurm_environment
@@ -115,6 +118,14 @@ def be_a_rank(place: Place) -> None:
     if status:
         Path(status, f"rank-{place.rank}.pid").write_text(str(os.getpid()))
     follow_controller()
+
+
+def take_environment(argv: Sequence[str]) -> list[str]:
+    """Set the variables that node.py laid down on this host, out of everybody's sight. Returns the other words."""
+    flag = "--environment="
+    for name in [word.removeprefix(flag) for word in argv if word.startswith(flag)]:
+        os.environ.update(json.loads((memory_folder() / f"distft-{name}" / VARIABLES).read_text()))
+    return [word for word in argv if not word.startswith(flag)]
 
 
 def folder_told(argv: Sequence[str]) -> Path | None:

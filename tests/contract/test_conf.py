@@ -41,6 +41,8 @@ def needs(choice: str, rows: Path) -> list[str]:
         return ["model.path=owner/name"]
     if (group, option) == ("launch", "slurm"):
         return ["launch.gpus_per_node=8"]
+    if choice == "launch/ssh":
+        return [f"launch.hostfile={rows}"]
     if group == "data" and option != "python_docs":
         return [f"data.path={rows}"]
     return []

@@ -17,6 +17,7 @@ from distft.launch.restart import (
     Again,
     Crash,
     GiveUp,
+    Places,
     decide,
     keep_running,
     newest_checkpoint,
@@ -110,15 +111,17 @@ def test_the_next_start_resumes_what_this_launch_saved(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     asked: list[str | None] = []
 
-    def attempt(size: int, resume: str | None) -> Ending:
+    def attempt(places: Places, resume: str | None) -> Ending:
         asked.append(resume)
         if len(asked) > 1:
             checkpoint(tmp_path, len(asked))
         return Ending(1, End(1, -9, 0.0, "a"), "rank 1 was ended")
 
-    assert keep_running(run, tmp_path, 2, "elsewhere", attempt, Signals(), None).code == 1
+    places = {"a": 2}
+    assert keep_running(run, tmp_path, places, "elsewhere", attempt, Signals(), None, lambda: places).code == 1
     assert asked == ["elsewhere", "elsewhere", str(tmp_path)]
-    assert keep_running(run, tmp_path, 2, None, attempt, Signals(), time.time() - 1).code == 1
+    over = time.time() - 1
+    assert keep_running(run, tmp_path, places, None, attempt, Signals(), over, lambda: places).code == 1
     assert len(asked) == 4, "the deadline is over"
 
 
@@ -128,14 +131,15 @@ def test_a_signal_between_two_starts_ends_the_wait(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     signals = Signals()
 
-    def attempt(size: int, resume: str | None) -> Ending:
+    def attempt(places: Places, resume: str | None) -> Ending:
         import threading
 
         threading.Timer(0.3, lambda: signals.note(15, None)).start()
         return Ending(1, End(1, -9, 0.0, "a"), "rank 1 was ended")
 
     began = time.monotonic()
-    assert keep_running(run, tmp_path, 2, None, attempt, signals, None).code == SAVED_AFTER_SIGNAL
+    places = {"a": 2}
+    assert keep_running(run, tmp_path, places, None, attempt, signals, None, lambda: places).code == SAVED_AFTER_SIGNAL
     assert time.monotonic() - began < 5
 
 

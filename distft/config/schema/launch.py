@@ -8,12 +8,12 @@ from distft.config.schema.knob import choice
 
 @dataclass
 class Launch:
-    target: str = choice("local", "slurm")
-    """Where the workers run. local: on this machine; slurm: in a job that goes into Slurm's queue, or, inside of an
-    allocation, on its nodes."""
+    target: str = choice("local", "ssh", "slurm")
+    """Where the workers run. local: on this machine; ssh: on the hosts of a file; slurm: in a job that goes into
+    Slurm's queue, or, inside of an allocation, on its nodes."""
 
     ranks: Any = "auto"
-    """Worker processes; auto: one a GPU, or one where there is none."""
+    """Worker processes; auto: one a GPU, or one where there is none; with ssh one a slot."""
 
     engine: str = choice("direct", "deepspeed", "torchrun")
     """Who starts the workers. direct: distft itself, which keeps exit codes and forwards signals."""
@@ -40,6 +40,32 @@ class Launch:
 
     start_timeout: float = 600.0
     """Seconds in which preflight has to end and every rank has to arrive."""
+
+    # What follows is for target=ssh alone.
+
+    hostfile: str | None = None
+    """Hosts and their slots in DeepSpeed's form: a line `node01 slots=8` for each. A rank is a slot."""
+
+    include: str | None = None
+    """Slots to use of the hostfile, such as node01@node02:0,2: all of node01, two of node02. Default: all."""
+
+    exclude: str | None = None
+    """Slots not to use, written like include."""
+
+    ssh_port: int | None = None
+    """Port of sshd on the hosts; default: what ~/.ssh/config says."""
+
+    address: str = "auto"
+    """Where the ranks meet: the first host's address for the others. auto: where ssh reached it."""
+
+    port: Any = "auto"
+    """Port on the first host where the ranks meet; auto: one that is free."""
+
+    interface: str | None = None
+    """Network interface for NCCL and gloo; default: NCCL chooses, gloo takes the one that leads to the first host."""
+
+    variables: list[str] = field(default_factory=list)
+    """More environment variables that every host is given, besides WANDB_*, HF_*, NCCL_* and their like."""
 
     # What follows is for target=slurm alone.
 
