@@ -111,12 +111,7 @@ class Session:
 
     def overhear(self, stream: IO[bytes]) -> None:
         for raw in stream:
-            text = raw.decode(errors="replace").strip()
-            self.words.append(text)
-            if self.answered and text:
-                sys.stderr.write(f"{self.host}: {redact(text)}\n")
-
-    answered = False  # the starter runs there: what comes besides its answers is news
+            self.words.append(raw.decode(errors="replace").strip())
 
     def be_heard(self) -> None:
         """The starter takes silence for the end of this process."""
@@ -151,7 +146,6 @@ class Session:
             raise HostLost(self.lost) from None
         if found is None:
             raise HostLost(self.lost)
-        self.answered = True
         return found
 
     @property

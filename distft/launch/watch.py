@@ -201,7 +201,7 @@ def ending(
     if cause.exit_code == errors.SAVED_AFTER_SIGNAL and cause.code < 0:
         say(f"{sentence} Training had not begun, so there is nothing to save.")
     elif cause.exit_code == errors.BUG or cause.code not in (end.code for end in ends if end.rank == 0):
-        say(f"{sentence}{last_words(cause, run_dir)}")
+        say(f"{sentence} Go on with resume={run_dir}." if cause.lost else f"{sentence}{last_words(cause, run_dir)}")
     return Ending(cause.exit_code, cause, sentence)
 
 
