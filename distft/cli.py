@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -115,8 +116,11 @@ def shows_only(argv: list[str]) -> bool:
 
 def command_of() -> list[str]:
     """The command line as it was typed, as far as a process can know it."""
+    from distft.launch.array import COMMAND
     from distft.launch.worker import without_local_rank
 
+    if told := os.environ.get(COMMAND):  # a job of a sweep, in a process that another program has started
+        return shlex.split(told)
     words = without_local_rank(typed)
     if words[0].endswith("__main__.py"):
         return ["python", "-m", "distft", *words[1:]]
@@ -128,6 +132,7 @@ def control(argv: list[str]) -> int:
     global ended_with
     from distft.config.check import check
     from distft.config.load import compose
+    from distft.launch import array
     from distft.launch.controller import sweep_verdict
     from distft.launch.worker import read_arguments
 
@@ -135,13 +140,15 @@ def control(argv: list[str]) -> int:
         return run_snapshot(argv)
     composed = compose(read_arguments(argv).overrides)
     if not composed.line.shows_only:
-        problems = check(composed.run) + sweep_rules(composed)
+        problems = check(composed.run) + sweep_rules(composed) + array.problems(composed)
         if problems:
             raise Mistakes(problems)
     ended_with = errors.DONE
     swept.update(override.key_or_group for override in composed.line.parsed if override.is_sweep_override())
-    hand_over(composed, "train")
+    with array.handed_over(composed, command_of()):
+        hand_over(composed, "train")
     if composed.sweep_dir is not None and not composed.line.shows_only:
+        array.note_lost(composed)
         return sweep_verdict(Path(composed.sweep_dir))
     return ended_with
 

@@ -64,6 +64,23 @@ def gpus_of(resources: str) -> int:
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", resources))
 
 
+JOB_STATES = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%F|%K|%T")
+UNFINISHED = (
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING",
+    "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED",
+)  # fmt: skip
+
+
+def read_states(answer: str) -> dict[str, str]:
+    """The states of JOB_STATES' answer, by `<job>` or `<array>_<index>`; whatever is not over is PENDING or RUNNING."""
+    found = {}
+    for line in answer.splitlines():
+        job, index, state = line.split("|")
+        known = state if state in ("PENDING", "RUNNING") or state not in UNFINISHED else "PENDING"
+        found[job if index == "N/A" else f"{job}_{index}"] = known
+    return found
+
+
 def state_of(job: str, environment: Mapping[str, str]) -> str:
     """PENDING, RUNNING, …; empty where the queue does not hold the job."""
     return ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], environment).strip()
