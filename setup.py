@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
-SWEEP = ["hydra-submitit-launcher>=1.2,<2", "optuna>=5,<6", "plotly>=7,<8"]
+SWEEP = ["hydra-submitit-launcher>=1.2,<2", "optuna>=5,<6", "plotly>=7,<8", "scipy>=1.14,<2"]
 EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "kernels": ["liger-kernel>=0.8,<0.9"],
@@ -40,7 +40,11 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11,<3.13",
-    packages=[*find_packages(include=["distft", "distft.*"]), "distft.conf"],
+    packages=[
+        *find_packages(include=["distft", "distft.*"]),
+        *find_namespace_packages(include=["hydra_plugins.*"]),
+        "distft.conf",
+    ],
     package_dir={"distft": "distft", "distft.conf": "conf"},
     package_data={"distft.conf": ["*.yaml", "*/*.yaml"]},
     entry_points={"console_scripts": ["distft=distft.cli:main"]},

@@ -31,6 +31,7 @@ distft fine-tunes Hugging Face language models with DDP, DeepSpeed ZeRO or FSDP2
   distft data show [key=value …]         rows as the model sees them (show.rows=3)
   distft generate <folder> [key=value …] answer a prompt with a trained model
   distft verify <folder> [key=value …]   tell whether a checkpoint, model or adapter is what was saved
+  distft report <sweep folder>           compare the jobs of a sweep: a table, a page, and whether there is a winner
   distft check run=<run folder>          prove what distft promises on a run's own model and data; or [key=value …]
   distft doctor [key=value …]            tell whether a run would start on these machines, and what would slow it down
   distft preflight <config.yaml>         check a run's snapshot without a GPU
@@ -131,19 +132,24 @@ def control(argv: list[str]) -> int:
     """The controller: compose with our errors, then hand over to Hydra's main, which knows help, sweeps and plugins."""
     global ended_with
     from distft.config.check import check
-    from distft.config.load import compose
     from distft.launch import array
-    from distft.launch.controller import sweep_verdict
+    from distft.launch.jobs import compose_sweep, sweep_verdict
     from distft.launch.worker import read_arguments
+    from distft.parent import follow_controller
+    from distft.sweep import plugins, rules
 
     if any(word.startswith("--snapshot") for word in argv):
         return run_snapshot(argv)
-    composed = compose(read_arguments(argv).overrides)
+    follow_controller()  # a sweep whose jobs run side by side
+    composed = compose_sweep(read_arguments(argv).overrides)
     if not composed.line.shows_only:
-        problems = check(composed.run) + sweep_rules(composed) + array.problems(composed)
+        problems = check(composed.run) + rules.problems(composed) + array.problems(composed)
         if problems:
-            raise Mistakes(problems)
+            raise Mistakes(list(dict.fromkeys(problems)))
+        composed = rules.settled(composed)
     ended_with = errors.DONE
+    if composed.line.sweep:
+        plugins.register()
     swept.update(override.key_or_group for override in composed.line.parsed if override.is_sweep_override())
     with array.handed_over(composed, command_of()):
         hand_over(composed, "train")
@@ -151,13 +157,6 @@ def control(argv: list[str]) -> int:
         array.note_lost(composed)
         return sweep_verdict(Path(composed.sweep_dir))
     return ended_with
-
-
-def sweep_rules(composed: Composed) -> list[str]:
-    line = composed.line
-    if line.sweep and any(o.key_or_group == "run.dir" and not o.is_sweep_override() for o in line.parsed):
-        return ["run.dir is one folder, but each job of a sweep needs its own. Drop it, or set hydra.sweep.dir."]
-    return []
 
 
 def run_snapshot(argv: list[str]) -> int:
@@ -199,7 +198,8 @@ def job(cfg: Any) -> float | None:
 
     from distft.config.load import to_run
     from distft.launch import lock
-    from distft.launch.controller import note_job, start_run
+    from distft.launch.controller import start_run
+    from distft.launch.jobs import note_job
 
     hydra_config = HydraConfig.get()
     sweeps = hydra_config.mode == RunMode.MULTIRUN
@@ -323,6 +323,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "generate": partial(of_folder, "generate", "the final/ of a run, or any model's folder"),
     "verify": partial(of_folder, "verify", "a run's, a checkpoint, a model or an adapter"),
+    "report": partial(of_folder, "report", "a sweep's, such as multirun/2030-01-31_18-00-00"),
     "check": check,
     "doctor": doctor,
     "preflight": preflight,

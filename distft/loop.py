@@ -120,6 +120,7 @@ class Fit:
     stop_requested: Callable[[], list[bool]]  # which of STOP_SIGNALS have arrived at this process
     flops: Callable[[Step], float]  # model FLOPs of one global batch
     peak_flops: float | None  # of all ranks together; None where unknown
+    prune_requested: Callable[[], bool] = lambda: False  # by the sweep that this run belongs to; on rank 0 alone
     clock: Clock = field(default_factory=Clock)  # with a deadline on rank 0 alone
     interval: Interval = field(default_factory=Interval, init=False)
     guard: Guard = field(init=False)
@@ -129,7 +130,7 @@ class Fit:
         self.guard = Guard(self.config, self.world)
 
     def run(self) -> str:
-        """Train to the end. Returns `done` or `early_stopped`.
+        """Train to the end. Returns `done`, `early_stopped` or `pruned`.
 
         Raises:
             GuardStop: `guard.patience` steps in a row had a non-finite loss or gradient norm or were dropped for a
@@ -138,7 +139,7 @@ class Fit:
             UserMistake: a checkpoint could not be written; all ranks raise at the same step, soon after.
         """
         longest = longest_wait(self.config.guard.stall_seconds)
-        agreement = Agreement(self.world, num_flags=2 + len(STOP_SIGNALS), timeout=longest)
+        agreement = Agreement(self.world, num_flags=3 + len(STOP_SIGNALS), timeout=longest)
         with scheduled_collection():
             while True:
                 try:
@@ -179,14 +180,16 @@ class Fit:
                 self.checkpoint()
             if out_of_patience:
                 return "early_stopped"
-            wishes = (self.deadline_near(), *self.stop_requested())
-            failed, late, *signals = agreement.ask(self.checkpoints.failed, *wishes)
+            wishes = (self.prune_requested(), self.deadline_near(), *self.stop_requested())
+            failed, pruned, late, *signals = agreement.ask(self.checkpoints.failed, *wishes)
             if failed:
                 self.checkpoints.wait()
             if (late or any(signals)) and state.step < self.num_steps:
                 self.checkpoint()
                 self.checkpoints.wait(needed=True)
                 raise self.stop(signals)
+            if pruned and state.step < self.num_steps:
+                return "pruned"
             collect_at(state.step)
 
         return "done"

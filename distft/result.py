@@ -66,7 +66,9 @@ def summary_of(state: TrainState) -> dict[str, Any]:
     }
 
 
-def tell_the_end(run: Run, run_dir: Path, state: TrainState, samples: Sequence[dict[str, str]]) -> None:
+def tell_the_end(
+    run: Run, run_dir: Path, state: TrainState, samples: Sequence[dict[str, str]], final: Path | None
+) -> None:
     """The last lines: what changed, one answer, where the model lies, what to type next."""
     from rich.console import Console
     from rich.text import Text
@@ -83,8 +85,11 @@ def tell_the_end(run: Run, run_dir: Path, state: TrainState, samples: Sequence[d
         console.print(Text(f"Asked     {one_line(sample['prompt'])}"))
         console.print(Text(f"Answered  {one_line(sample['answer'])}"))
         console.print(Text(f"Reference {one_line(sample['reference'])}"))
-    console.print(f"The model lies in {run_dir / 'final'}")
-    console.print(f'Ask it:   distft generate {shlex.quote(str(run_dir / "final"))} prompt="…"')
+    if final is None:
+        console.print(f"Pruned by its sweep after step {state.step}, without a final model; {run_dir}")
+        return
+    console.print(f"The model lies in {final}")
+    console.print(f'Ask it:   distft generate {shlex.quote(str(final))} prompt="…"')
     if run.data.format == "python_docs":
         console.print(
             "Your own: deepspeed train.py model=hf model.path=MODEL data=jsonl data.path=ROWS.jsonl tuning=lora"

@@ -153,7 +153,8 @@ def values_of(override: Override) -> list[Any]:
     if isinstance(sweep, RangeSweep):
         return list(override.sweep_iterator())
     if isinstance(sweep, IntervalSweep):
-        return [sweep.start, sweep.end]
+        ends = (sweep.start, sweep.end)  # Hydra reads 4 as 4.0 here, which a knob of whole numbers would refuse
+        return [int(end) if isinstance(end, float) and end.is_integer() else end for end in ends]
     return []
 
 

@@ -16,6 +16,8 @@ HEAD = {
     "doctor": "Tell whether a run would start on these machines, and what would slow it down. Run it as: distft doctor "
     "[group=choice …] [key=value …]",
     "generate": "Answer a prompt with a trained model. Run it as: distft generate <folder> [key=value …]",
+    "report": "Compare the jobs of a sweep: a table, a page, and whether there is a winner. Run it as: distft report "
+    "<sweep folder> [report.output=FILE]",
     "verify": "Tell whether a checkpoint, a model or an adapter is what was saved. Run it as: distft verify <folder> "
     "[key=value …]",
 }

@@ -9,7 +9,10 @@ from typing import Any
 from distft.config.schema import Run
 from distft.config.words import Knob, knobs
 
-SURROUNDINGS = ("launch", "log", "run", "resume", "resume_allow", "data.name", "data.workers", "data.cache_dir")
+SURROUNDINGS = (
+    *("launch", "log", "run", "sweep"),
+    *("resume", "resume_allow", "data.name", "data.workers", "data.cache_dir"),
+)
 """Knobs, or sections of them: where a run is started and what it tells, never what it computes."""
 
 

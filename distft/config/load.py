@@ -24,7 +24,7 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from distft.config import command_line
+from distft.config import command_line, sweep_words
 from distft.config.command_line import CommandLine
 from distft.config.describe import help_text
 from distft.config.diagnose import problems_of, value_problem
@@ -46,6 +46,7 @@ SCHEMAS = {
     "train": "distft.config.schema:Run",
     "generate": "distft.config.schema.generate:Generate",
     "verify": "distft.config.schema.verify:Verify",
+    "report": "distft.config.schema.report:ReportOn",
     "check": "distft.config.schema.check:CheckedRun",
     "doctor": "distft.config.schema.doctor:DoctoredRun",
 }
@@ -106,6 +107,7 @@ def register(schema: Any) -> None:
         "sweep": {"dir": "multirun/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "${hydra.job.num}"},
         "job": {"chdir": False, "name": "distft"},
     }
+    sweep_words.register()
     store.store(group="hydra/output", name="distft", node=folders, package="hydra", provider="distft")
 
 
@@ -296,7 +298,7 @@ def group_problems(line: CommandLine, groups: dict[str, list[str]]) -> list[str]
 
 def sweep_problems(line: CommandLine, names: dict[str, Knob]) -> list[str]:
     """Several values without -m; with it, each single value of a knob against its type."""
-    problems = []
+    problems = list(sweep_words.problems(line.parsed))
     for override, text in zip(line.parsed, line.overrides, strict=True):
         if not override.is_sweep_override():
             continue

@@ -24,7 +24,7 @@ from distft import errors
 from distft.config.schema import Launch
 from distft.errors import UserMistake
 from distft.launch import queue, slurm
-from distft.launch.controller import JOBS, note_job
+from distft.launch.jobs import JOBS, note_job
 from distft.launch.start import package_path
 
 if TYPE_CHECKING:

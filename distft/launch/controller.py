@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from distft import errors
 from distft.config.check import check, settle, with_absolute_paths
-from distft.config.redact import redact
 from distft.config.schema import Run
+from distft.config.schema.sweep import Sweep
 from distft.config.slurm_rules import num_ranks as num_ranks_of_job
 from distft.errors import Mistakes
 from distft.launch import deadline, output, queue
@@ -27,6 +23,7 @@ from distft.launch.fleet import hosts_of
 from distft.launch.folder import make_folder, place_run
 from distft.launch.hostfile import at
 from distft.launch.hosts import shown
+from distft.launch.jobs import in_sweep
 from distft.launch.restart import Places, keep_running, newest_checkpoint
 from distft.launch.ssh import Attempt, fleet_of
 from distft.launch.stall import watching, watching_hosts
@@ -36,8 +33,6 @@ from distft.launch.topology import count_gpus, num_ranks
 from distft.launch.watch import Ending, run_direct, run_launcher
 from distft.parent import PARENT
 from distft.result import write_failure
-
-JOBS = "jobs.jsonl"  # in a sweep's folder: a line for each job that ended
 
 
 def start_run(
@@ -58,8 +53,7 @@ def start_run(
     if problems:
         raise Mistakes(problems)
     deadline.settle(run, time.time(), {})  # refuses one that is over
-    if sweep_folder is not None:
-        run = in_sweep(run, sweep_folder)
+    run = dataclasses.replace(run, sweep=Sweep()) if sweep_folder is None else in_sweep(run, sweep_folder)
     known, run = place_run(with_absolute_paths(run))
     if run.launch.target == "slurm" and not run.launch.dry_run:
         queue.refuse(run, known)
@@ -190,53 +184,3 @@ def preflight_in_child(snapshot: Path, signals: Signals, told: Mapping[str, str]
     if -process.returncode in STOP_SIGNALS:
         return errors.SAVED_AFTER_SIGNAL
     return process.returncode if process.returncode >= 0 else errors.BUG
-
-
-def in_sweep(run: Run, job_folder: Path) -> Run:
-    """A job of a sweep: its folder is the run's, and the tracker groups it with the others."""
-    group = run.log.group
-    if group is None and run.log.tracker == "wandb":
-        group = job_folder.parent.name
-    where = run.run.dir or (str(job_folder) if run.resume in ("auto", "never") else None)
-    return dataclasses.replace(
-        run, log=dataclasses.replace(run.log, group=group), run=dataclasses.replace(run.run, dir=where)
-    )
-
-
-def note_job(sweep_dir: Path, job: int, overrides: Sequence[str], run_dir: Path, code: int) -> float | None:
-    """Write down how a job of a sweep ended. Returns the sweeper's objective, None where there is none."""
-    value = objective(run_dir) if code == errors.DONE else None
-    told = [redact(word) for word in overrides]
-    record = {"job": job, "overrides": told, "folder": str(run_dir), "exit_code": code, "objective": value}
-    with (sweep_dir / JOBS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-    return value
-
-
-def objective(run_dir: Path) -> float | None:
-    """The best value of `checkpoint.best` that `result.json` tells."""
-    path = run_dir / "result.json"
-    if not path.is_file():
-        return None
-    value: Any = json.loads(path.read_text(encoding="utf-8")).get("metrics", {}).get("best")
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def sweep_verdict(sweep_dir: Path) -> int:
-    """Tell how the jobs of a sweep ended. A failed one makes the exit code: its own, or 1 where they differ."""
-    path = sweep_dir / JOBS
-    jobs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    jobs.sort(key=lambda job: job["job"])
-    shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-    for job in jobs:
-        job["overrides"] = [word for word in job["overrides"] if word not in shared]
-        value = "" if job["objective"] is None else f"  {job['objective']:.6g}"
-        state = "done" if job["exit_code"] == 0 else f"exit code {job['exit_code']}"
-        print(f"{job['folder']}  {' '.join(job['overrides'])}  {state}{value}")
-    failed = [job for job in jobs if job["exit_code"]]
-    if not failed:
-        return errors.DONE
-    named = "; ".join(f"job {job['job']} ({' '.join(job['overrides'])}): {job['exit_code']}" for job in failed)
-    sys.stderr.write(f"distft: {len(failed)} of {len(jobs)} jobs of the sweep failed: {named}\n")
-    codes = {job["exit_code"] for job in failed}
-    return codes.pop() if len(codes) == 1 else errors.BUG

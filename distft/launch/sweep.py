@@ -24,9 +24,9 @@ from distft import errors
 from distft.config.load import Composed, compose, hydra_over
 from distft.errors import Stop, UserMistake
 from distft.launch import agree
-from distft.launch.controller import in_sweep, note_job, sweep_verdict
 from distft.launch.failure import DELIBERATE
-from distft.launch.start import quoted, verb_command
+from distft.launch.jobs import compose_sweep, in_sweep, job_words, note_job, sweep_verdict
+from distft.launch.start import verb_command
 from distft.launch.stop import Signals
 from distft.launch.topology import Place, free_port
 from distft.launch.watch import CRASH_SECONDS, STOP_SECONDS, kill_groups
@@ -44,7 +44,8 @@ def jobs_of(composed: Composed) -> list[list[str]]:
     """
     line = composed.line
     for override, text in zip(line.parsed, line.overrides, strict=True):
-        if override.is_hydra_override() and override.key_or_group not in ("hydra.sweep.dir", "hydra.mode"):
+        other_sweeper = override.is_hydra_override() and override.key_or_group not in ("hydra.sweep.dir", "hydra.mode")
+        if other_sweeper or override.key_or_group.partition(".")[0] == "sweep":
             raise UserMistake(
                 f"{text} works only where distft starts the ranks itself: python train.py -m … with launch.ranks=N."
             )
@@ -85,7 +86,7 @@ def run_sweep(argv: Sequence[str], place: Place) -> int:
 
 def read_jobs(argv: Sequence[str], place: Place) -> tuple[Composed, list[list[str]]]:
     try:
-        composed = compose(without_local_rank(argv))
+        composed = compose_sweep(without_local_rank(argv))
         return composed, jobs_of(composed)
     except Stop as stop:
         if not place.is_main:
@@ -110,9 +111,7 @@ def run_job(number: int, words: list[str], folder: Path, place: Place, store: St
     port = store.get(port_key).decode()
     group = compose([*words]).run
     run = in_sweep(group, folder / str(number))
-    words = [*words, f"run.dir={quoted(str(run.run.dir))}"]
-    words += [f"log.group={quoted(run.log.group)}"] if run.log.group and run.log.tracker == "wandb" else []
-    command = verb_command("train", *words)
+    command = verb_command("train", *words, *job_words(run))
     child = subprocess.Popen(
         command.argv, env={**os.environ, **command.environment, "MASTER_PORT": port}, process_group=0
     )

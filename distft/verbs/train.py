@@ -13,6 +13,7 @@ from distft import errors, heartbeat
 from distft.config.schema import Run
 from distft.errors import NegativeVerdict, Stalled, Stop, UserMistake
 from distft.launch.deadline import Clock
+from distft.launch.prune import PruneFlag, withdraw
 from distft.launch.stop import StopFlag
 from distft.prepared import Prepared
 from distft.result import summary_of, tell_the_end, write_result
@@ -203,10 +204,10 @@ class Job:
         from distft.loop import Fit
         from distft.perf import peak_flops
 
-        for note in self.notes:
-            log.say(note)
         ranks = f"{self.world.size} rank{'s' if self.world.size > 1 else ''}"
         engine = f"{self.run.strategy.name} on {ranks}, {self.precision}"
+        for note in self.notes:
+            log.say(note)
         log.say(f"{engine}, {self.num_trained:,} trained parameters; {self.run_dir}")
         if state.step:
             log.say(f"Going on after step {state.step} of {self.num_steps}")
@@ -226,6 +227,7 @@ class Job:
             state=state,
             checkpoints=checkpoints,
             stop_requested=stop_requested,
+            prune_requested=PruneFlag(self.run_dir, self.world.is_main),
             clock=Clock.of(self.run, self.world.is_main, self.num_trained / self.world.size),
             flops=self.cost.of_step,
             peak_flops=peak * self.world.size if peak else None,
@@ -233,7 +235,7 @@ class Job:
         try:
             with checkpoints:
                 status = fit.run()
-            samples = self.finish(status, state, log)
+            samples = [] if status == "pruned" else self.finish(status, state, log)
         except Stop as stop:
             heartbeat.mark("closing")
             if self.world.is_main:
@@ -241,11 +243,12 @@ class Job:
             log.finish(stop.status, summary_of(state))
             raise
         heartbeat.mark("closing")
+        final = None if status == "pruned" else self.run_dir / "final"
         if self.world.is_main:
-            write_result(self.run_dir, status, state, self.run_dir / "final", self.data.hash)
+            write_result(self.run_dir, status, state, final, self.data.hash, withdraw(self.run_dir, status))
         log.finish(status, summary_of(state))
         if self.world.is_main:
-            tell_the_end(self.run, self.run_dir, state, samples)
+            tell_the_end(self.run, self.run_dir, state, samples, final)
 
     def prove(self) -> dict[str, Any]:
         """What a checkpoint records to be verified by: its tokenizer, and logits of a few short prompts. Collective."""

@@ -20,6 +20,7 @@ from distft.config.schema import Run
 from distft.config.schema.check import CheckedRun
 from distft.config.schema.doctor import DoctoredRun
 from distft.config.schema.generate import Generate
+from distft.config.schema.report import ReportOn
 from distft.config.schema.verify import Verify
 from distft.config.words import knobs
 from distft.errors import UserMistake
@@ -128,6 +129,7 @@ def test_every_knob_is_read() -> None:
     assert unread(Run, read_in_the_code()) == []
     assert unread(Generate, read_in_the_code()) == []
     assert unread(Verify, read_in_the_code()) == []
+    assert unread(ReportOn, read_in_the_code()) == []
     assert unread(CheckedRun, read_in_the_code()) == []
     assert unread(DoctoredRun, read_in_the_code()) == []
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = {"flash-attn", "liger-kernel", "bitsandbytes", "hydra-optuna-sweeper", "optuna"}  # in no pinned environment
+OPTIONAL = {"flash-attn", "liger-kernel", "bitsandbytes"}  # in no pinned environment
 
 
 def pins() -> dict[str, str]:
@@ -81,7 +81,7 @@ def test_a_wheel_holds_the_package_and_its_configuration(wheel: Path) -> None:
         assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"distft/{path.relative_to(ROOT).as_posix()}" in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"distft"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"distft", "hydra_plugins"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

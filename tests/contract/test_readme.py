@@ -44,13 +44,13 @@ def problem_of(words: list[str]) -> str | None:
         return dry.stderr if dry.returncode else None
     if words[0] == "distft":
         verb, *rest = words[1:]
-        if verb not in ("train", "generate", "data", "check", "doctor", "verify"):
+        if verb not in ("train", "generate", "data", "check", "doctor", "report", "verify"):
             return f"unknown verb {verb}"
         if verb == "check":
             return refusal([word for word in rest if not word.startswith("run=")], "check")
         if verb == "doctor":
             return refusal(rest, verb)
-        if verb in ("generate", "verify"):
+        if verb in ("generate", "report", "verify"):
             return refusal(rest[1:], verb)
         rest = [word for word in rest if not word.startswith("show.")]
         return refusal(rest[1:] if verb == "data" else rest, "train")

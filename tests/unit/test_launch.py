@@ -21,8 +21,8 @@ from distft.config.load import compose, read_snapshot
 from distft.config.schema import Run
 from distft.errors import Stalled, Stop, UserMistake
 from distft.launch import agree
-from distft.launch.controller import note_job, sweep_verdict
 from distft.launch.folder import make_folder, place_run
+from distft.launch.jobs import note_job, sweep_verdict
 from distft.launch.output import Tee
 from distft.launch.start import Command
 from distft.launch.sweep import jobs_of
@@ -279,7 +279,11 @@ def test_a_sweep_tells_its_jobs_and_the_sweeper_its_objective(
     assert note_job(tmp_path, 1, ["seed=1", "log=none"], tmp_path / "1", errors.DONE) is None
     assert note_job(tmp_path, 0, ["seed=0", "log=none"], tmp_path / "0", errors.DONE) == 0.5
     assert sweep_verdict(tmp_path) == errors.DONE
-    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/0  seed=0  done  0.5", f"{tmp_path}/1  seed=1  done"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/0  seed=0  done  0.5",
+        f"{tmp_path}/1  seed=1  done",
+        f"Compare them: distft report {tmp_path}",
+    ]
     assert note_job(tmp_path, 2, ["seed=2", "log=none"], tmp_path / "0", errors.STOPPED_BY_GUARD) is None
     assert sweep_verdict(tmp_path) == errors.STOPPED_BY_GUARD
     assert "1 of 3 jobs of the sweep failed: job 2 (seed=2): 4" in capsys.readouterr().err

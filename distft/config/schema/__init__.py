@@ -20,6 +20,7 @@ from distft.config.schema.optim import (
     Schedule,
 )
 from distft.config.schema.strategy import Strategy
+from distft.config.schema.sweep import Sweep
 from distft.config.schema.tuning import Tuning
 from distft.config.schema.verify import Verification
 
@@ -45,6 +46,7 @@ class Run:
     launch: Launch = field(default_factory=Launch)
     log: Log = field(default_factory=Log)
     run: RunFolder = field(default_factory=RunFolder)
+    sweep: Sweep = field(default_factory=Sweep)
 
     precision: str = choice("auto", "fp32", "bf16")
     """auto: bf16 on a GPU, fp32 on a CPU. Trained weights have an fp32 master either way."""
@@ -83,6 +85,7 @@ __all__ = [
     "Schedule",
     "Source",
     "Strategy",
+    "Sweep",
     "TinyShape",
     "Tuning",
     "Verification",
