@@ -2,7 +2,8 @@
 
 Decorators alone make transformers import torch's compiler and torch's optimizers import it at their first step;
 transformers also imports DTensor, and with it sympy, for a sharding of its own that distft never uses. Together that
-is a third of the time until a small run trains, and some 100 MB of every rank.
+is a third of the time until a small run trains, and some 100 MB of every rank. Where scipy is installed, transformers
+imports its optimizers too, for the losses of models that find objects in pictures.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -20,6 +22,7 @@ from typing import Any
 COMPILER = "torch._dynamo"
 MASKS = "torch._dynamo._trace_wrapped_higher_order_op"  # of which transformers' masks import one class
 SHARDING = "transformers.distributed"
+OTHER_LOSSES = re.compile(r"transformers\.loss\.loss_(?!utils$)\w+")  # a language model's stands in loss_utils itself
 marked: list[tuple[str, Any]] = []  # functions for the compiler to know once it is there, and what it is to know
 
 
@@ -31,6 +34,8 @@ def defer() -> None:
 
 class Finder(importlib.abc.MetaPathFinder):
     """Looks on when the modules above are first imported."""
+
+    losses = True  # whether those of OTHER_LOSSES are left out
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,6 +50,8 @@ class Finder(importlib.abc.MetaPathFinder):
                 return importlib.util.spec_from_loader(name, ThereAlready(sys.modules[name]))
         if name == SHARDING:
             without_sharding()
+        if OTHER_LOSSES.fullmatch(name) and self.losses:
+            return importlib.util.spec_from_loader(name, StandInLoader(Losses))
         return None
 
 
@@ -131,6 +138,23 @@ class Part(ModuleType):
 
         def called(*arguments: Any, **options: Any) -> Any:
             wake()
+            return getattr(importlib.import_module(self.__name__), name)(*arguments, **options)
+
+        return called
+
+
+class Losses(ModuleType):
+    """A module of losses of which something is imported, but not called. One class may extend another's: with the
+    first that is called all of these modules become whole."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            Finder.losses = False
+            for other in [other for other, module in sys.modules.items() if isinstance(module, Losses)]:
+                del sys.modules[other]
             return getattr(importlib.import_module(self.__name__), name)(*arguments, **options)
 
         return called

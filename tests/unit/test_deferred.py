@@ -15,11 +15,31 @@ from distft.cli import main
 class AtTheEnd:
     def find_spec(self, name, path=None, target=None):
         if name == "distft.model.final":  # training is over
-            heavy = ["sympy", "torch._dynamo.eval_frame", "torch._inductor", "torch.distributed.tensor"]
+            heavy = ["sympy", "torch._dynamo.eval_frame", "torch._inductor", "torch.distributed.tensor", "scipy"]
             print("imported:", *[name for name in heavy if name in sys.modules], flush=True)
 
 sys.meta_path.insert(0, AtTheEnd())
 sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+LOSSES = """
+import sys
+from distft.deferred import Losses, defer
+defer()
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.loss import loss_deformable_detr, loss_utils
+assert "scipy" not in sys.modules
+assert isinstance(loss_deformable_detr, Losses)
+matcher = loss_deformable_detr.DeformableDetrHungarianMatcher(class_cost=2.0)
+assert matcher.class_cost == 2.0, "a class that extends one of another of these modules"
+assert "scipy.optimize" in sys.modules
+assert not [name for name, module in sys.modules.items() if isinstance(module, Losses)]
+try:
+    loss_utils.LOSS_MAPPING["ForObjectDetection"]()
+except TypeError as error:
+    assert "ForObjectDetectionLoss" in str(error), "what was imported before calls the loss itself"
+else:
+    raise AssertionError
 """
 
 COMPILER = """
@@ -91,4 +111,9 @@ def test_a_run_imports_no_compiler(tmp_path: Path) -> None:
 
 def test_the_compiler_comes_when_it_is_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_losses_of_other_models_come_when_they_are_called() -> None:
+    done = subprocess.run([sys.executable, "-c", LOSSES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
