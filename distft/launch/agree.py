@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SEE_SECONDS = 30.0  # how long a host looks for the token file: network file systems cache folder contents
 
 SEE_OFF_SECONDS = 3.0
+REPORT_SECONDS = 10.0  # how long a rank with a problem waits for rank 0, which may have the same and never come
 
 
 class Elsewhere(Stop):
@@ -73,6 +75,8 @@ def connect(place: Place, seconds: float) -> Store:
 
 def report(place: Place, problem: str) -> None:
     """Tell rank 0 that this rank cannot start, if rank 0 itself could: else it has said the same already."""
+    if not is_served(REPORT_SECONDS):  # torch would say so in many lines, and import for seconds before
+        return
     from torch.distributed import DistError
 
     try:
@@ -81,6 +85,19 @@ def report(place: Place, problem: str) -> None:
         store.set(f"config/{place.rank}", json.dumps({"host": place.host, "problem": problem}))
     except (DistError, RuntimeError, Stop):
         return
+
+
+def is_served(seconds: float) -> bool:
+    """Whether somebody listens at the rendezvous, now or within `seconds`."""
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "")
+    deadline = time.monotonic() + seconds
+    while port.isdigit() and time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, int(port)), timeout=seconds).close()
+            return True
+        except OSError:
+            time.sleep(0.2)
+    return False
 
 
 class PortTaken(Stalled):

@@ -22,7 +22,7 @@ from distft.launch import deadline, output, queue
 from distft.launch.fleet import hosts_of
 from distft.launch.folder import make_folder, place_run
 from distft.launch.hostfile import at
-from distft.launch.hosts import shown
+from distft.launch.hosts import shown, write_hostfile
 from distft.launch.jobs import in_sweep
 from distft.launch.restart import Places, keep_running, newest_checkpoint
 from distft.launch.ssh import Attempt, fleet_of
@@ -65,6 +65,8 @@ def start_run(
     snapshot = run_dir / "config.yaml"
     resume = run.resume if run.resume not in ("auto", "never") else None
     if run.launch.dry_run and run.launch.target != "local":
+        if hosts:
+            write_hostfile(run_dir, hosts)
         print(shown(run, run_dir, hosts, resume) if hosts else queue.shown(run, run_dir, resume))
         return errors.DONE
     if run.launch.dry_run:

@@ -21,7 +21,7 @@ from distft.launch.lock import machine
 from distft.launch.topology import count_gpus
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
-SEE_SECONDS = 10.0  # network file systems cache folder contents
+SEE_SECONDS = 5.0  # network file systems cache folder contents
 REACH_SECONDS = 5.0
 
 listening: list[socket.socket] = []  # on the port that the run's rendezvous is to have

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.schema import Run
-from distft.launch.hostfile import Host, include_of, ranks_of
+from distft.launch.hostfile import Host, include_of, ranks_of, rendered
+from distft.launch.lock import LAUNCH
 from distft.launch.session import ssh_options
 from distft.launch.start import Command, package_path, rank_words, verb_command
 
@@ -35,8 +36,6 @@ def forwarded(names: Sequence[str], environment: Mapping[str, str] = os.environ)
 def variables_of(host: Host, facts: Mapping[str, Any], interface: str, run: Run) -> dict[str, str]:
     """The variables of all ranks on a host. `interface`: of the network that leads to the first host."""
     found = forwarded(run.launch.variables)
-    if facts["gpus"]:
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
     found.setdefault("OMP_NUM_THREADS", str(max(1, facts["cores"] // len(host.slots))))
     if run.launch.interface:
         found |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
@@ -50,21 +49,21 @@ def commands(
 ) -> dict[str, list[tuple[int, Command]]]:
     """By host the processes to start there: the first rank that each is or starts, and its command."""
     words = rank_words(run_dir / "config.yaml", resume)
-    ranks = ranks_of(hosts)
-    size = sum(len(found) for found in ranks.values())
-    if engine == "torchrun":
-        return {
-            host: [(its[0], torchrun(number, len(hosts), len(its), address, port, words))]
-            for number, (host, its) in enumerate(ranks.items())
-        }
-    return {
-        host: [(rank, one_rank(rank, size, rank - its[0], len(its), address, port, words)) for rank in its]
-        for host, its in ranks.items()
-    }
+    found: dict[str, list[tuple[int, Command]]] = {}
+    size = sum(len(host.slots) for host in hosts)
+    for number, (host, ranks) in enumerate(zip(hosts, ranks_of(hosts).values(), strict=True)):
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.slots))}  # no harm where there is no GPU
+        if engine == "torchrun":
+            its = [(ranks[0], torchrun(number, len(hosts), len(ranks), address, port, words))]
+        else:
+            places = [(rank, rank - ranks[0], len(ranks)) for rank in ranks]
+            its = [(place[0], one_rank(*place, size, address, port, words)) for place in places]
+        found[host.name] = [(rank, command.also(devices)) for rank, command in its]
+    return found
 
 
 def one_rank(
-    rank: int, size: int, local_rank: int, local_size: int, address: str, port: int, words: Sequence[str]
+    rank: int, local_rank: int, local_size: int, size: int, address: str, port: int, words: Sequence[str]
 ) -> Command:
     environment = {
         "RANK": str(rank),
@@ -98,6 +97,11 @@ def deepspeed_command(
     )
 
 
+def write_hostfile(run_dir: Path, hosts: Sequence[Host]) -> None:
+    """What `deepspeed_command` names."""
+    (run_dir / HOSTFILE).write_text(rendered(hosts), encoding="utf-8")
+
+
 def problems_for_pdsh(run_dir: Path, pdsh: str | None) -> list[str]:
     """What keeps DeepSpeed's launcher from working over several hosts."""
     problems = []
@@ -118,9 +122,10 @@ def shown(run: Run, run_dir: Path, hosts: Sequence[Host], resume: str | None) ->
     address = hosts[0].name if launch.address == "auto" else launch.address
     port = PORT if launch.port == "auto" else int(launch.port)
     ranks = ranks_of(hosts)
+    names = set(forwarded(launch.variables)) - {LAUNCH}  # the last is of this very process
     lines = [
-        *(f"# {host.name}: slots {', '.join(map(str, host.slots))}, ranks {told(ranks[host.name])}" for host in hosts),
-        f"# Every host is given these variables, over ssh's input: {', '.join(sorted(forwarded(launch.variables)))}",
+        *(f"# {host.name}: {told(ranks[host.name])} on slots {', '.join(map(str, host.slots))}" for host in hosts),
+        f"# Every host is given these variables, over ssh's input: {', '.join(sorted(names)) or 'none'}",
     ]
     if launch.address == "auto" or launch.port == "auto":
         lines.append("# The address and a free port are asked of the first host; here stand its name and a usual port.")
@@ -137,4 +142,4 @@ def shown(run: Run, run_dir: Path, hosts: Sequence[Host], resume: str | None) ->
 
 
 def told(ranks: range) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"

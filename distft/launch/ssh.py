@@ -22,8 +22,8 @@ from distft.errors import Mistakes
 from distft.launch import failure
 from distft.launch.failure import End
 from distft.launch.fleet import Fleet, hosts_of
-from distft.launch.hostfile import Host, ranks_of, rendered
-from distft.launch.hosts import HOSTFILE, commands, deepspeed_command, variables_of
+from distft.launch.hostfile import Host, ranks_of
+from distft.launch.hosts import commands, deepspeed_command, variables_of, write_hostfile
 from distft.launch.session import Attended, HostLost, Remote
 from distft.launch.start import Process, start
 from distft.launch.stop import Signals
@@ -104,7 +104,7 @@ class Attempt:
         for host in self.hosts:
             variables = self.variables(host, told)
             self.ask(host, "attend", token=token, variables=variables, ranks=list(ranks[host.name]))
-        (self.run_dir / HOSTFILE).write_text(rendered(self.hosts), encoding="utf-8")
+        write_hostfile(self.run_dir, self.hosts)
         command = deepspeed_command(self.hosts, address, port, self.fleet.run, self.run_dir, resume, token)
         [launcher] = start([command], self.run_dir / "logs", quiet=False, environment={})
         attended = [Attended(self.fleet.sessions[host.name], ranks[host.name]) for host in self.hosts]

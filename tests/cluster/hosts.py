@@ -7,6 +7,7 @@ of it goes with the first process of each host.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from tests.required import cannot
 
 NETWORK = "10.71.7"
 BOOT_SECONDS = 20.0
+NUMBERS = itertools.count()  # for names of namespaces: a test run may have several clusters
 PROGRAMS = ("ip", "tc", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen")
 
 # The first process of a host. It reaps what is left to it, as any init does.
@@ -173,7 +175,7 @@ def cluster(folder: Path, num_hosts: int = 2, prefix: str = "node") -> Iterator[
 
 def network(ends: ExitStack, name: str) -> str:
     """A network namespace whose name no other test run uses."""
-    full = f"distft-{os.getpid()}-{name}"
+    full = f"distft-{os.getpid()}-{next(NUMBERS)}-{name}"
     must("ip", "netns", "add", full)
     ends.callback(subprocess.run, ["ip", "netns", "del", full], capture_output=True)
     must("ip", "-n", full, "link", "set", "lo", "up")

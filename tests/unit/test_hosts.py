@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,7 @@ def test_each_rank_is_told_its_place() -> None:
     assert {name: last[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
         "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1",
     }  # fmt: skip
+    assert last["CUDA_VISIBLE_DEVICES"] == "1", "the slot of the hostfile"
     [(number, second)] = commands("torchrun", HOSTS, "10.0.0.1", 4242, Path("/runs/first"), "/runs/old")["node2"]
     assert number == 2
     assert {"--node-rank=1", "--nnodes=2", "--nproc-per-node=1", "--resume=/runs/old"} <= set(second.argv)
@@ -104,9 +108,8 @@ def test_variables_of_a_run_reach_its_hosts_and_secrets_no_command_line(monkeypa
     monkeypatch.setenv("WANDB_API_KEY", "key-of-wandb")
     monkeypatch.setenv("HF_TOKEN", "token-of-hub")
     monkeypatch.setenv("MINE", "of-my-own")
-    facts = {"gpus": 4, "cores": 12}
-    found = variables_of(HOSTS[1], facts, "eth7", run)
-    assert found["CUDA_VISIBLE_DEVICES"] == "1", "the slots of that host, not what is visible here"
+    found = variables_of(HOSTS[1], {"cores": 12}, "eth7", run)
+    assert "CUDA_VISIBLE_DEVICES" not in found, "slots name the devices, not what is visible here"
     assert (found["WANDB_API_KEY"], found["HF_TOKEN"], found["MINE"]) == ("key-of-wandb", "token-of-hub", "of-my-own")
     assert found["GLOO_SOCKET_IFNAME"] == "eth7"
     assert "HOME" not in forwarded([])
@@ -184,6 +187,28 @@ def test_variables_laid_down_are_taken_up(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "distft-abc").mkdir()
     (tmp_path / "distft-abc" / "environment.json").write_text('{"LAID_DOWN": "after"}')
     assert take_environment(["train", "--environment=abc", "--prepared"]) == ["train", "--prepared"]
-    import os
-
     assert os.environ["LAID_DOWN"] == "after"
+
+
+def test_the_files_to_copy_are_what_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch/ssh.sh, word for word, but for the words that stand for the snapshot."""
+    monkeypatch.delenv("DISTFT_SSH_OPTIONS", raising=False)
+    script = (ROOT / "launch" / "ssh.sh").read_text()
+    said = " ".join(line.strip("# ") for line in script.splitlines()[2:4])
+    words = [word for word in said.split()[2:] if not word.startswith("launch.hostfile=")]
+    run = compose([*words, f"launch.hostfile={ROOT / 'launch' / 'hostfile.example'}"]).run
+    assert check(run) == []
+    run_dir = Path(run.run.dir or "")
+    printed = shown(run, run_dir, hosts_of(run), None)
+    rank = f"-m distft train --snapshot={run_dir}/config.yaml --prepared"
+    started = []
+    for line in printed.splitlines():
+        if line.startswith("ssh "):
+            line = line.removesuffix(" &").replace(rank, "train.py strategy=zero3 run.dir=$run")
+            line = line.replace(sys.executable, "python").replace(os.getcwd(), "$PWD")
+            started.append([re.sub(r"PYTHONPATH=\S+ ", "", word) for word in shlex.split(line)])
+    joined = script.replace("\\\n  ", "")
+    written = [shlex.split(line.removesuffix(" &")) for line in joined.splitlines() if line.startswith("ssh ")]
+    assert written == started
+    assert len(written) == 2
+    assert subprocess.run(["bash", "-n"], input=printed + script, text=True).returncode == 0
