@@ -55,7 +55,7 @@ def start_run(
     deadline.settle(run, time.time(), {})  # refuses one that is over
     run = dataclasses.replace(run, sweep=Sweep()) if sweep_folder is None else in_sweep(run, sweep_folder)
     known, run = place_run(with_absolute_paths(run))
-    if run.launch.target == "slurm" and not run.launch.dry_run:
+    if run.launch.target in ("local", "slurm") and not run.launch.dry_run:
         queue.refuse(run, known)
     hosts = hosts_of(run) if run.launch.target == "ssh" else []
     size = num_ranks(run.launch.ranks)
@@ -147,15 +147,18 @@ UNTOLD = {errors.BUG: "failed", errors.STALLED: "stalled", errors.ENDED_AT_ONCE:
 
 
 def start_slurm(run: Run, run_dir: Path, resume: str | None) -> int:
-    """A job for Slurm: all that can be found wrong is found here, before it waits in the queue for its nodes."""
+    """A job for Slurm: all that can be found wrong is found here, before it waits in the queue for its nodes. Inside of
+    an allocation its script runs at once."""
     signals = Signals()
     script = queue.write_script(run, run_dir, resume)
-    start = queue.try_out(script)
+    start = "" if queue.in_job(os.environ) else queue.try_out(script)
     with signals.caught():
         size = {"WORLD_SIZE": str(num_ranks_of_job(run.launch))}
         code = preflight_in_child(run_dir / "config.yaml", signals, size)
-    if code or signals.received:
-        return code or errors.SAVED_AFTER_SIGNAL
+        if code or signals.received:
+            return code or errors.SAVED_AFTER_SIGNAL
+        if queue.in_job(os.environ):
+            return queue.run_here(run_dir, script, signals)
     return queue.submit(run, run_dir, script, start)
 
 

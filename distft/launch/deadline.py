@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import statistics
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -81,6 +82,7 @@ class Clock:
     aside: float = 0.0  # seconds of evaluations since the last step
     before: float = field(default_factory=time.monotonic)
     num_steps: int = 0
+    too_late: threading.Timer | None = None  # until the first step has ended
 
     @classmethod
     def of(cls, run: Run, is_main: bool, num_trained: float) -> Clock:
@@ -88,6 +90,21 @@ class Clock:
         until = settle(run, psutil.Process().create_time()) if is_main else None
         values = 3 if run.optim.name == "adamw" else 1  # fp32 each
         return cls(until, first_save=4 * values * num_trained / SLOW_DISK)
+
+    def expect_a_step(self, otherwise: Callable[[str], None]) -> None:
+        """Call `otherwise` with what is wrong, on a thread of its own, where Slurm is about to end the job and no step
+        has ended since this start: such a job would come and go for ever, or be killed without a word."""
+        if self.deadline is None or not self.deadline.by_slurm:
+            return
+        left = self.deadline.at - time.time()
+        sentence = (
+            f"The first step of this start has not ended in {left - MARGIN_SECONDS:.0f} s, and Slurm ends the job in "
+            f"{MARGIN_SECONDS:g} s: its time limit is shorter than one step. Give it more (launch.time), or make a "
+            "step shorter (more ranks, a smaller batch.global_size)."
+        )
+        self.too_late = threading.Timer(max(0.0, left - MARGIN_SECONDS), otherwise, [sentence])
+        self.too_late.daemon = True
+        self.too_late.start()
 
     def evaluated(self, seconds: float) -> None:
         self.evaluation = seconds
@@ -105,6 +122,8 @@ class Clock:
             return False
         now = time.monotonic()
         self.num_steps += 1
+        if self.too_late is not None:
+            self.too_late.cancel()
         if self.num_steps == 2:
             self.steps.clear()  # the first step compiles and warms up
         self.steps.append(now - self.before - self.aside)

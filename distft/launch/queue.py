@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,12 @@ from distft.config.words import nearest
 from distft.errors import Mistakes, UserMistake
 from distft.launch import lock, slurm
 from distft.launch.sbatch import SCRIPT, render
+from distft.launch.start import STEP, Command, start
+from distft.launch.stop import Signals
+from distft.launch.watch import kill_groups, watch
 
 JOB = "slurm.json"  # in the run folder: the job that it was given to last
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # from here on step ids name batch, interactive and other shells (slurm.h)
 
 # Slurm's words for what it refuses, and what to do about it.
 CURES = {
@@ -44,7 +49,12 @@ def refuse(run: Run, folder: Path | None, environment: Mapping[str, str] = os.en
     Raises:
         Mistakes: all of it.
     """
-    problems = list(allocated(run.launch, environment) if in_job(environment) else queued(run, folder, environment))
+    if run.launch.target == "local":
+        problems = list(half(run.launch, environment))
+    elif in_job(environment):
+        problems = list(allocated(run.launch, environment))
+    else:
+        problems = list(queued(run, folder, environment))
     if problems:
         raise Mistakes(problems)
 
@@ -53,8 +63,25 @@ def in_job(environment: Mapping[str, str]) -> bool:
     return bool(environment.get("SLURM_JOB_ID"))
 
 
+def nodes_here(environment: Mapping[str, str]) -> int:
+    """Nodes that Slurm gives this process: those of its step, or of its allocation where it is the job's own shell."""
+    step = environment.get("SLURM_STEP_ID", "")
+    own = step.isdigit() and int(step) < FIRST_SPECIAL_STEP
+    return int(environment.get("SLURM_STEP_NUM_NODES" if own else "SLURM_JOB_NUM_NODES", 1))
+
+
+def half(launch: Launch, environment: Mapping[str, str]) -> Iterator[str]:
+    """A run that would leave nodes of its allocation idle, where nobody said so."""
+    nodes = nodes_here(environment)
+    if nodes > 1 and launch.ranks == "auto":
+        yield (
+            f"This Slurm allocation has {nodes} nodes, and launch=local would use this one alone. For all of them: "
+            f"launch=slurm launch.nodes={nodes} launch.gpus_per_node=N. For this one alone: launch.ranks=N."
+        )
+
+
 def allocated(launch: Launch, environment: Mapping[str, str]) -> Iterator[str]:
-    nodes = int(environment.get("SLURM_JOB_NUM_NODES", launch.nodes))
+    nodes = nodes_here(environment)
     if nodes != launch.nodes:
         yield f"launch.nodes={launch.nodes}, but this allocation has {nodes}: the ranks run on all of them. Set it so."
     if shutil.which("srun", path=environment.get("PATH")) is None:
@@ -171,7 +198,7 @@ def sbatch(words: list[str], script: Path) -> subprocess.CompletedProcess[str]:
         raise UserMistake("Slurm did not answer sbatch within 120 s. Look at sinfo, then try again.") from None
 
 
-def submit(run: Run, run_dir: Path, script: Path, start: str) -> int:
+def submit(run: Run, run_dir: Path, script: Path, expected: str) -> int:
     """Put the job into the queue. Returns exit code 0 once it is there.
 
     Raises:
@@ -186,7 +213,7 @@ def submit(run: Run, run_dir: Path, script: Path, start: str) -> int:
     size, nodes = num_ranks(run.launch), run.launch.nodes
     print(
         f"distft: job {job} is in the queue: {size} rank{'s' if size > 1 else ''} on {nodes} node"
-        f"{'s' if nodes > 1 else ''}. {re.sub(r'^Job [0-9]+ to start', 'Slurm expects it to start', start)}\n"
+        f"{'s' if nodes > 1 else ''}. {re.sub(r'^Job [0-9]+ to start', 'Slurm expects it to start', expected)}\n"
         f"  folder  {run_dir}\n"
         f"  state   squeue --jobs={job}\n"
         f"  output  tail -F {shlex.quote(str(run_dir / 'logs' / 'rank-0.log'))}   (all ranks: slurm-{job}.log)\n"
@@ -194,6 +221,30 @@ def submit(run: Run, run_dir: Path, script: Path, start: str) -> int:
         flush=True,
     )
     return errors.DONE
+
+
+def run_here(run_dir: Path, script: Path, signals: Signals) -> int:
+    """Have the job's script start the ranks on the nodes of this allocation, and wait. Returns the run's exit code.
+
+    Signals go to the step by way of scancel: srun would forward some, and end the step for others.
+    """
+    processes = start([Command(["bash", str(script)])], run_dir / "logs", quiet=False, environment={})
+    step = run_dir / "logs" / f"exit-{os.environ['SLURM_JOB_ID']}" / STEP
+
+    def send(number: int) -> None:
+        if step.exists():
+            slurm.ask(["scancel", f"--signal={number}", step.read_text()], os.environ)
+        else:
+            os.killpg(processes[0].pid, signal.SIGTERM)
+
+    def kill() -> None:
+        send(signal.SIGKILL)
+        kill_groups(processes)
+
+    code = watch(processes, signals, send, kill).codes[0]
+    if signals.at_once:
+        return errors.ENDED_AT_ONCE
+    return code if code >= 0 else errors.BUG
 
 
 def job_of(folder: Path) -> str | None:

@@ -37,7 +37,7 @@ rm -rf "${status}" && mkdir -p "${status}"
 
 code=0
 {command} || code=$?
-own=$(grep -hvx 0 "${status}"/rank-*.exit 2>/dev/null | sort -n | head -n 1) || true
+own=$(cd "${status}" && grep -hvx 0 rank-0.exit rank-*.exit 2>/dev/null | head -n 1) || true
 [ ! -e "${requeue}" ] || scontrol requeue "$SLURM_JOB_ID"
 exit "${{own:-$code}}"
 """

@@ -16,6 +16,7 @@ from distft.launch.topology import environment_of, free_port
 Process = subprocess.Popen[bytes]
 
 STATUS_FOLDER = "DISTFT_STATUS"  # where ranks under another launcher leave their process id and exit code
+STEP = "step"  # and under srun the step of Slurm that they are
 
 
 @dataclass(frozen=True)

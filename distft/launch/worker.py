@@ -12,20 +12,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from distft.config.check import check, settle, with_absolute_paths
 from distft.config.launch_rules import launched_by_hand
 from distft.config.load import compose, read_snapshot, whole_hash
 from distft.config.schema import Run
-from distft.errors import Mistakes, Stop, UserMistake
+from distft.errors import USER_MISTAKE, Mistakes, Stop, UserMistake
 from distft.launch import agree, deadline, folder, lock, output
 from distft.launch.facts import memory_folder
 from distft.launch.node import VARIABLES
-from distft.launch.restart import wrote_checkpoints
-from distft.launch.start import STATUS_FOLDER
-from distft.launch.topology import Place, slurm_environment
+from distft.launch.restart import newest_checkpoint, wrote_checkpoints
+from distft.launch.start import STATUS_FOLDER, STEP
+from distft.launch.topology import Place, place_of, slurm_environment
 from distft.parent import follow_controller
+from distft.result import write_failure
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -117,6 +118,8 @@ def be_a_rank(place: Place) -> None:
     status = os.environ.get(STATUS_FOLDER)
     if status:
         Path(status, f"rank-{place.rank}.pid").write_text(str(os.getpid()))
+        if place.is_main and (step := os.environ.get("SLURM_STEP_ID")):
+            Path(status, STEP).write_text(f"{os.environ['SLURM_JOB_ID']}.{step}")
     follow_controller()
 
 
@@ -139,6 +142,17 @@ def leave_exit_code(place: Place, code: int) -> None:
     status = os.environ.get(STATUS_FOLDER)
     if status:
         Path(status, f"rank-{place.rank}.exit").write_text(str(code))
+
+
+def end_by_mistake(run_dir: Path, sentence: str) -> NoReturn:
+    """End this rank at once, whatever it is doing: a user's mistake that only shows while a step does not end."""
+    sys.stdout.flush()
+    sys.stderr.write(f"distft: {sentence}\n")
+    sys.stderr.flush()
+    write_failure(run_dir, UserMistake.status, sentence, newest_checkpoint(run_dir))
+    if (place := place_of(os.environ)) is not None:
+        leave_exit_code(place, USER_MISTAKE)
+    os._exit(USER_MISTAKE)
 
 
 def prepare(argv: Sequence[str], command: Sequence[str], place: Place, preflight: Preflight) -> tuple[Run, Path, Store]:

@@ -201,6 +201,7 @@ class Job:
         """Fit, then write and check what was trained. `result.json` tells the end, whatever it was."""
         from distft.checkpoint.behind import WriteBehind
         from distft.data.batches import Prefetch
+        from distft.launch import worker
         from distft.loop import Fit
         from distft.perf import peak_flops
 
@@ -232,6 +233,7 @@ class Job:
             flops=self.cost.of_step,
             peak_flops=peak * self.world.size if peak else None,
         )
+        fit.clock.expect_a_step(partial(worker.end_by_mistake, self.run_dir))
         try:
             with checkpoints:
                 status = fit.run()

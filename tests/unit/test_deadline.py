@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,6 +80,27 @@ def test_the_time_of_an_evaluation_is_no_step_time() -> None:
     found.evaluated(20)
     found.near(evaluates=False, save=0, writing=False)
     assert 0.9 < max(found.steps) < 2
+
+
+SLOW = """
+import sys, time
+from distft.launch.deadline import Clock, Deadline
+clock = Clock(Deadline(time.time() + 6, "the end of the Slurm job", True))
+clock.expect_a_step(lambda sentence: print(sentence, flush=True))
+if sys.argv[1] == "quick":
+    clock.near(evaluates=False, save=0, writing=False)
+time.sleep(2)
+"""
+
+
+def test_a_job_that_ends_before_its_first_step_is_told() -> None:
+    told = [
+        subprocess.run([sys.executable, "-c", SLOW, speed], capture_output=True, text=True, check=True).stdout
+        for speed in ("slow", "quick")
+    ]
+    assert "The first step of this start has not ended in 1 s, and Slurm ends the job in 5 s" in told[0]
+    assert "shorter than one step" in told[0]
+    assert told[1] == ""
 
 
 def program(folder: Path, name: str, text: str) -> dict[str, str]:
