@@ -38,10 +38,10 @@ def words(shop: Shop, name: str, *more: str) -> list[str]:
     return [*quoted, *more]
 
 
-def start(slurm: Slurm, *argv: str) -> subprocess.CompletedProcess[str]:
-    """`python train.py …` on the login node."""
+def start(slurm: Slurm, *argv: str, within: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`python train.py …` on the login node, or by what stands before it."""
     environment = {**os.environ, **slurm.environment, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    command = [*within, sys.executable, str(ROOT / "train.py"), *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
@@ -75,7 +75,8 @@ def test_a_job_that_slurm_ends_goes_on_as_if_nothing_had_been(slurm: Slurm, shop
     assert "host: node1" in (folder / "environment.txt").read_text()
 
     whole = shop.folder / "whole"
-    done = start(slurm, *words(shop, "whole", *common, "launch.ranks=2"))
+    allocation = ("salloc", "--nodes=2", "--ntasks-per-node=1")
+    done = start(slurm, *words(shop, "whole", *common, *TWO_NODES), within=allocation)
     assert done.returncode == errors.DONE, done.stderr
     told = [[(record["step"], record["loss"]) for record in records(run)] for run in (folder, whole)]
     assert told[0] == told[1]
@@ -110,6 +111,12 @@ def test_a_sweep_is_an_array_of_jobs(slurm: Slurm, shop: Shop) -> None:
     assert len({session.id for session in sessions}) == 3
     assert {session.group for session in sessions} == {"sweep"}
     assert slurm.queue() == []
+
+
+def test_half_an_allocation_is_not_taken_by_mistake(slurm: Slurm, shop: Shop) -> None:
+    done = start(slurm, *words(shop, "half"), within=("salloc", "--nodes=2"))
+    assert done.returncode == errors.USER_MISTAKE
+    assert "This Slurm allocation has 2 nodes, and launch=local would use this one alone" in done.stderr
 
 
 @pytest.mark.parametrize(
