@@ -51,10 +51,10 @@ def launching(run: Run) -> Iterator[str]:
 
 def launched_by_hand(run: Run) -> Iterator[str]:
     """What has no effect where ranks were started by another than distft."""
-    if run.launch.target == "ssh":
+    if (target := run.launch.target) != "local":
         yield (
-            "launch=ssh has no effect under a launcher of ranks, which starts them itself. Start with python train.py "
-            "… launch=ssh, or drop launch=ssh and what belongs to it."
+            f"launch={target} has no effect under a launcher of ranks, which starts them itself. Start with python "
+            f"train.py … launch={target}, or drop launch={target} and what belongs to it."
         )
     if run.launch.max_restarts:
         yield (

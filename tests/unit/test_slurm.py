@@ -18,6 +18,7 @@ from distft.errors import Mistakes, SignalStop
 from distft.launch import queue, slurm
 from distft.launch.sbatch import render
 from distft.launch.slurm import Partition, read_partitions
+from distft.launch.start import STATUS_FOLDER
 from tests.unit.test_deadline import program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +177,29 @@ def test_a_machine_without_slurm_and_an_allocation_of_another_size() -> None:
         queue.refuse(run, None, {"PATH": ""})
     with pytest.raises(Mistakes, match="this allocation has 2"):
         queue.refuse(run, None, {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"})
+
+
+def test_nodes_that_slurm_gives_a_process() -> None:
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}
+    assert queue.nodes_here({}) == 1
+    assert queue.nodes_here(allocation) == 2
+    assert queue.nodes_here({**allocation, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1"}) == 1
+    shell = {**allocation, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_NODES": "1"}
+    assert queue.nodes_here(shell) == 2, "salloc's own step, from which the job's nodes are used"
+    assert "launch=local would use this one alone" in "\n".join(queue.half(run_of().launch, allocation))
+    assert list(queue.half(run_of("launch.ranks=2").launch, allocation)) == []
+    assert list(queue.half(run_of().launch, {})) == []
+
+
+def test_a_mistake_that_shows_late_ends_a_rank_at_once(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from distft.launch.worker import end_by_mistake as end\n"
+    code += "end(Path(sys.argv[1]), 'too short')"
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", STATUS_FOLDER: str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "distft: too short\n")
+    assert (tmp_path / "rank-0.exit").read_text() == "2"
+    assert '"reason": "too short"' in (tmp_path / "result.json").read_text()
 
 
 def test_slurms_refusals_come_with_a_cure() -> None:
