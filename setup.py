@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages, setup
 
-SWEEP = ["hydra-submitit-launcher>=1.2,<2", "optuna>=5,<6", "plotly>=7,<8", "scipy>=1.14,<2"]
+SWEEP = ["hydra-submitit-launcher>=1.2,<2", "submitit>=1.5,<2", "optuna>=5,<6", "plotly>=7,<8", "scipy>=1.14,<2"]
 EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "kernels": ["liger-kernel>=0.8,<0.9"],

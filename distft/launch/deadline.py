@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import psutil
 
@@ -85,11 +87,15 @@ class Clock:
     too_late: threading.Timer | None = None  # until the first step has ended
 
     @classmethod
-    def of(cls, run: Run, is_main: bool, num_trained: float) -> Clock:
+    def of(cls, run: Run, is_main: bool, num_trained: float, run_dir: Path) -> Clock:
         """`num_trained`: parameters of which this rank saves the master and the moments."""
+        from distft.launch.worker import end_by_mistake
+
         until = settle(run, psutil.Process().create_time()) if is_main else None
         values = 3 if run.optim.name == "adamw" else 1  # fp32 each
-        return cls(until, first_save=4 * values * num_trained / SLOW_DISK)
+        clock = cls(until, first_save=4 * values * num_trained / SLOW_DISK)
+        clock.expect_a_step(partial(end_by_mistake, run_dir))
+        return clock
 
     def expect_a_step(self, otherwise: Callable[[str], None]) -> None:
         """Call `otherwise` with what is wrong, on a thread of its own, where Slurm is about to end the job and no step

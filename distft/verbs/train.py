@@ -201,7 +201,6 @@ class Job:
         """Fit, then write and check what was trained. `result.json` tells the end, whatever it was."""
         from distft.checkpoint.behind import WriteBehind
         from distft.data.batches import Prefetch
-        from distft.launch import worker
         from distft.loop import Fit
         from distft.perf import peak_flops
 
@@ -229,11 +228,10 @@ class Job:
             checkpoints=checkpoints,
             stop_requested=stop_requested,
             prune_requested=PruneFlag(self.run_dir, self.world.is_main),
-            clock=Clock.of(self.run, self.world.is_main, self.num_trained / self.world.size),
+            clock=Clock.of(self.run, self.world.is_main, self.num_trained / self.world.size, self.run_dir),
             flops=self.cost.of_step,
             peak_flops=peak * self.world.size if peak else None,
         )
-        fit.clock.expect_a_step(partial(worker.end_by_mistake, self.run_dir))
         try:
             with checkpoints:
                 status = fit.run()
