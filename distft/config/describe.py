@@ -22,8 +22,9 @@ HEAD = {
     "[key=value …]",
 }
 FOOT = """\
-Several values and -m make a sweep: optim.lr=1e-3,1e-4. --cfg job prints what a command line comes to, --config-dir
-FOLDER adds configuration files of your own, and a run folder repeats its run: --config-dir <run> --config-name config.
+Several values and -m make a sweep: optim.lr=1e-3,1e-4; with hydra/sweeper=optuna a search, over intervals too:
+'optim.lr=tag(log, interval(1e-5, 1e-3))'. --cfg job prints what a command line comes to, --config-dir FOLDER adds
+configuration files of your own, and a run folder repeats its run: --config-dir <run> --config-name config.
 --hydra-help lists Hydra's flags."""
 
 
