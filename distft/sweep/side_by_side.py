@@ -85,7 +85,7 @@ class SideBySide(Launcher):
         ]
         shared = set.intersection(*(set(job.overrides) for job in waiting)) if len(waiting) > 1 else set()
         for job in waiting:
-            job.told = " ".join(word for word in job.overrides if word not in shared)
+            job.told = " ".join(word for word in job.overrides if word not in shared) if shared else ""
         order = [job.number for job in waiting]
         ends: dict[int, JobReturn] = {}
 
@@ -138,9 +138,9 @@ class SideBySide(Launcher):
         told = redact(job.told)
         if self.dry_run:
             cores = f"  (kept to {taken})" if taken.cores else ""
-            print(f"# job {job.number}: {told}{cores}\n{command}", flush=True)
+            print(f"# job {job.number}{told and ': '}{told}{cores}\n{command}", flush=True)
             return
-        print(f"distft: job {job.number} on {taken}: {told}", flush=True)
+        print(f"distft: job {job.number} on {taken}{told and ': '}{told}", flush=True)
         log = self.folder / LOGS / f"{job.number}.log"
         with log.open("ab") as output:
             process = start(command, output)

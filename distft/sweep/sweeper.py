@@ -87,6 +87,7 @@ class OptunaSweeper(Sweeper):
         print(f"# {search.total} trials of sweep.sampler={sweep.sampler}, sweep.pruner={sweep.pruner}. The first:")
         first = search.ask()
         assert first is not None
+        print(f"# {' '.join(first.words)}", flush=True)
         self.launcher.launch([[*self.fixed, *first.words]], initial_job_idx=0)
 
     def go(self) -> None:

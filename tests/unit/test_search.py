@@ -10,14 +10,17 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distft.config.load import compose, knobs_of
+from distft.config.schema import Run
 from distft.config.schema.sweep import Sweep
 from distft.errors import Mistakes, UserMistake
 from distft.launch import prune
 from distft.launch.jobs import compose_sweep
 from distft.sweep import rules
 from distft.sweep.lease import leases
+from distft.sweep.side_by_side import Job
 from distft.sweep.space import Choice, Dimension, Real, Whole, size, split
 from distft.sweep.study import Search, held
+from distft.sweep.sweeper import base_of, in_a_row
 from distft.sweep.watch import Reader, Watch
 
 
@@ -249,3 +252,26 @@ def test_the_launcher_of_jobs_side_by_side_is_chosen() -> None:
     chosen = rules.settled(compose_sweep(["-m", "seed=1,2", "sweep.jobs=2"])).hydra_argv
     assert "hydra/launcher=side_by_side" in chosen
     assert not any("side_by_side" in word for word in rules.settled(compose(["-m", "seed=1,2"])).hydra_argv)
+
+
+def test_trials_are_handed_to_hydra_in_a_row(tmp_path: Path) -> None:
+    """Its launchers number jobs from a first one; trials that were interrupted leave gaps."""
+    jobs = [Job(number, [], Run(), tmp_path) for number in (7, 2, 3, 8, 5)]
+    assert [[job.number for job in group] for group in in_a_row(jobs)] == [[2, 3], [5], [7, 8]]
+
+
+def test_a_trial_without_a_value_has_failed(tmp_path: Path) -> None:
+    search = Search(tmp_path, Sweep(trials=3), space("optim.lr=interval(0, 1)"), {}, "max")
+    for status, value in (("done", None), ("failed", 1.0), ("early_stopped", 0.5)):
+        proposal = search.ask()
+        assert proposal is not None
+        search.tell(proposal.number, status, value)
+    assert search.standing() == "3 of 3 trials: 1 complete, 2 failed"
+
+
+def test_what_trials_share_leaves_out_what_is_searched() -> None:
+    run = compose([]).run
+    base = base_of(run, space("optim.lr=1,2", "strategy=ddp,zero2"))
+    assert "optim.lr" not in base
+    assert not any(name.startswith(("strategy.", "sweep.", "launch.")) for name in base)
+    assert base["optim.clip"] == 1.0
