@@ -148,6 +148,8 @@ class Fleet:
         Raises:
             Mistakes: everything that makes any host unfit.
         """
+        if shutil.which("ssh") is None:
+            raise Mistakes(["launch=ssh needs ssh on this machine. Install openssh-client."])
         names = [host.name for host in self.hosts]
         problems = self.connect(names)
         if self.run.launch.engine == "deepspeed":
