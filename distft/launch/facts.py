@@ -127,10 +127,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def parent_of(pid: int) -> int:
+def launcher_of(pid: int) -> int:
+    """The process of DeepSpeed's launcher that started a rank on this host; 0 where there is none."""
     try:
-        return int(psutil.Process(pid).ppid())
-    except psutil.NoSuchProcess:
+        parent = psutil.Process(pid).parent()
+        return int(parent.pid) if parent is not None and "deepspeed.launcher.launch" in parent.cmdline() else 0
+    except psutil.Error:
         return 0
 
 

@@ -178,7 +178,7 @@ class Node:
     def kill(self) -> None:
         """End what is left of this run, known by its process ids alone."""
         pids = [pid for pid in self.ranks().values() if facts.is_running(pid)]
-        launchers = {facts.parent_of(pid) for pid in pids} - {os.getpid(), 0, 1} if self.attended else set()
+        launchers = {launcher for pid in pids if (launcher := facts.launcher_of(pid))} if self.attended else set()
         for pid in [*launchers, *pids]:
             with_no_error(os.kill, pid, signal.SIGKILL)
         for process in self.processes.values():
