@@ -174,7 +174,7 @@ def words_for(jobs: Sequence[Job], name: str) -> set[str]:
 
 def value_in(job: Job, name: str) -> Any:
     """A knob's value: of the snapshot, or as the command line had it."""
-    if name in job.config or job.config:
+    if job.config:
         return job.config.get(name)
     found = [word.partition("=")[2] for word in job.overrides if word.lstrip("+").partition("=")[0] == name]
     return yaml.safe_load(found[-1]) if found else None
