@@ -255,7 +255,7 @@ class Fit:
         """
         told = self.guard.settle(self.state, self.rows_of)
         if told:
-            self.log.say(told)
+            self.log.spike(told)
 
     def rows_of(self, step: Step) -> list[str]:
         return self.plan.names(place for batch in step.micro_batches for place in batch.documents)
@@ -275,7 +275,7 @@ class Fit:
         ids = self.plan.sample_ids(spike.index)
         numbers = {"loss": spike.loss, "median": spike.median, "score": spike.score, "back_to": state.step}
         self.log.skipped(spike.index + 1, {**numbers, "samples": ids})
-        self.log.say(
+        self.log.spike(
             f"{spike.told(self.config.guard)}; back to step {state.step}, to go on without the global batch of step "
             f"{spike.index + 1}: its {len(ids)} rows stand in {SKIPPED}"
         )

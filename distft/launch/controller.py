@@ -27,10 +27,11 @@ from distft.launch.jobs import in_sweep
 from distft.launch.restart import Places, keep_running, newest_checkpoint
 from distft.launch.ssh import Attempt, fleet_of
 from distft.launch.stall import watching, watching_hosts
-from distft.launch.start import verb_command, worker_commands
+from distft.launch.start import package_path, verb_command, worker_commands
 from distft.launch.stop import STOP_SIGNALS, Signals
 from distft.launch.topology import count_gpus, num_ranks
 from distft.launch.watch import Ending, run_direct, run_launcher
+from distft.log import last_word
 from distft.parent import PARENT
 from distft.result import write_failure
 
@@ -139,6 +140,7 @@ def told_of(ended: Ending, run_dir: Path) -> int:
     """The exit code of a run, whose end is in result.json also where no rank could write it."""
     if ended.code in UNTOLD:
         write_failure(run_dir, UNTOLD[ended.code], ended.sentence, newest_checkpoint(run_dir))
+        last_word.of_end(run_dir, UNTOLD[ended.code], ended.sentence, package_path())
     return ended.code
 
 

@@ -26,8 +26,10 @@ from distft.config.schema import Run
 from distft.heartbeat import Beat, Heartbeat, memory_file, read_file, this_machine
 from distft.launch.blame import STOPPED, Patience, sentence
 from distft.launch.restart import newest_checkpoint
+from distft.launch.start import package_path
 from distft.launch.topology import place_of
 from distft.launch.worker import leave_exit_code
+from distft.log import last_word
 from distft.pulse import FOLDER, PUBLISH_SECONDS, STACKS, forget, publication, read_publication, stacks_file
 from distft.result import write_failure
 
@@ -93,7 +95,10 @@ def watching(run: Run, run_dir: Path, size: int) -> Iterator[tuple[Callable[[], 
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     patience = Patience(run.guard.stall_seconds, run.launch.start_timeout)
     with tempfile.TemporaryDirectory(prefix="distft-", dir=shared) as memory:
-        yield StallWatch(run_dir, size, patience, Path(memory)).look, {FOLDER: memory}
+        watch = StallWatch(run_dir, size, patience, Path(memory))
+        yield watch.look, {FOLDER: memory}
+    if watch.said is not None:
+        last_word.of_stall(run_dir, watch.said, package_path())
 
 
 def watching_hosts(run: Run, run_dir: Path, size: int) -> Callable[[], str | None]:
@@ -108,7 +113,8 @@ class StallWatch:
     def __init__(self, run_dir: Path, size: int, patience: Patience, memory: Path | None) -> None:
         self.run_dir, self.size, self.patience = run_dir, size, patience
         self.sights = Sights(run_dir, size, memory)
-        self.next_look = 0.0
+from distft.log import last_word
+from distft.pulse import FOLDER, PUBLISH_SECONDS, STACKS, forget, publication, read_publication, stacks_file
         forget(run_dir)
 
     def look(self) -> str | None:
@@ -126,6 +132,7 @@ class StallWatch:
         said = judged(beats, self.size, self.patience)
         if said is None:
             return None
+        self.said = said
         save_stacks(self.run_dir, beats)
         publish(self.run_dir, said)
         return told(self.run_dir, said)
@@ -251,6 +258,7 @@ class OwnWatch:
         save_stacks(self.run_dir, beats)
         publish(self.run_dir, said)
         machine = this_machine()
+        last_word.of_stall(self.run_dir, said, package_path(), wait=False)  # this rank's exit code has to be the first
         end_later([beat.pid for beat in beats if beat.machine == machine and beat.rank != self.rank and not beat.ended])
         self.go()
 

@@ -38,6 +38,12 @@ class TensorBoardTracker:
         self.resumed_step = step
         self.start()
 
+    def summary(self, values: dict[str, Any]) -> None:
+        """Nothing: TensorBoard shows curves alone."""
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.writer.add_text("alert", f"{level}: {title}\n\n{text}")
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self.writer.add_text("status", status)
         self.writer.close()

@@ -15,8 +15,12 @@ from urllib.parse import urlsplit
 
 from distft.config.redact import redact, redact_tree
 from distft.config.schema import Run
+from distft.log.last_word import note_session
+from distft.log.system import Gathering
 
 INIT_SECONDS = 30.0  # to reach the server; after that the run is recorded offline
+LONGEST_TITLE = 63  # characters of an alert's title that W&B takes
+PREEMPTED = ("saved_after_signal", "saved_before_deadline")
 FINISH_SECONDS = 60.0  # to send what is left at the end; `wandb sync` sends the rest
 
 
@@ -62,7 +66,8 @@ class WandbTracker:
 
     `num_before`: at least as many records as earlier sessions of this W&B run wrote; None: it has none. W&B numbers
     records itself and drops those whose number is not new. Online it knows where an earlier session ended; offline it
-    starts at 0 again, and `wandb sync` would lose the second session: there we number them.
+    starts at 0 again, and `wandb sync` would lose the second session: there we number them. `system`: what the ranks
+    publish of their processes and devices, sent with the training records.
     """
 
     def __init__(
@@ -73,8 +78,10 @@ class WandbTracker:
         wandb_id: str,
         num_before: int | None,
         say: Callable[[str], None],
+        system: Gathering | None = None,
     ) -> None:
         self.run, self.run_dir, self.facts, self.id = run, run_dir, facts, wandb_id
+        self.system, self.name = system, display_name(run, run_dir)
         self.num_records, self.say = num_before, say
         self.offline = True
         self.set_here: list[str] = []
@@ -111,6 +118,8 @@ class WandbTracker:
         self.session.define_metric("step", hidden=True)
         self.session.define_metric("train/*", step_metric="step")
         self.session.define_metric("eval/*", step_metric="step")
+        self.session.define_metric("system/*", step_metric="step")
+        self.note(ended=False)
         if self.offline:
             self.say(f"W&B records offline. To send it: wandb sync {self.session.settings.sync_dir}")
         elif self.session.url:
@@ -138,7 +147,7 @@ class WandbTracker:
             quiet["finish_timeout"] = FINISH_SECONDS
         self.session = self.wandb.init(
             project=log.project,
-            name=display_name(self.run, self.run_dir),
+            name=self.name,
             id=self.id,
             resume=None if self.num_records is None else "allow",
             group=log.group,
@@ -148,8 +157,13 @@ class WandbTracker:
             settings=self.wandb.Settings(**quiet),
         )
 
+    def note(self, ended: bool) -> None:
+        """For who has to speak about this run when it cannot (last_word.py), and for who takes it up again."""
+        note_session(self.run_dir, {"id": self.id, "alerts": list(self.run.log.alerts), "ended": ended})
+
     def metrics(self, split: str, step: int, record: dict[str, Any]) -> None:
-        self.record({"step": step, **{f"{split}/{name}": value for name, value in record.items()}})
+        values = {f"{split}/{name}": value for name, value in record.items()}
+        self.record({"step": step, **values, **(self.system.fresh() if self.system and split == "train" else {})})
 
     def record(self, values: dict[str, Any]) -> None:
         if self.num_records is None or not self.offline:
@@ -167,8 +181,18 @@ class WandbTracker:
     def go_back(self, step: int) -> None:
         """Nothing: W&B keeps all records, and along our step axis the later ones are drawn over the earlier."""
 
+    def summary(self, values: dict[str, Any]) -> None:
+        """At once: a run that is killed keeps what it had."""
+        self.session.summary.update(values)
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.session.alert(title[:LONGEST_TITLE], redact(text), level)
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self.session.summary.update({"status": status, **summary})
+        if status in PREEMPTED:
+            self.session.mark_preempting()  # shown as interrupted, not as failed: the same run goes on later
+        self.note(ended=True)
         self.session.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)
         for name in self.set_here:
             os.environ.pop(name, None)

@@ -240,7 +240,7 @@ class Job:
             heartbeat.mark("closing")
             if self.world.is_main:
                 write_result(self.run_dir, stop.status, state, None, self.data.hash, str(stop))
-            log.finish(stop.status, summary_of(state))
+            log.finish(stop.status, summary_of(state), str(stop))
             raise
         heartbeat.mark("closing")
         final = None if status == "pruned" else self.run_dir / "final"

@@ -163,7 +163,7 @@ def test_starting_anew_abandons_everything(tmp_path: Path) -> None:
 
 
 def test_other_ranks_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Log(Run(), tmp_path, world(rank=1), 10) as log:
+    with Log(untracked(), tmp_path, world(rank=1), 10) as log:
         log.train(1, {"loss": 1.0})
         log.evaluation(1, {"loss": 1.0})
         log.samples(1, [{"prompt": "p"}])
@@ -253,7 +253,7 @@ def test_wandb_offline_without_a_key_and_again_on_resume(tmp_path: Path) -> None
         assert run.config["optim"]["lr"] == 1e-3
         assert run.config["world_size"] == 1
         assert run.config["strategy"]["deepspeed"] == {"note": f"https://{HIDDEN}@host/path", "token": HIDDEN}
-        assert run.step_metrics == {"step": "", "train/*": "step", "eval/*": "step"}
+        assert run.step_metrics == {"step": "", "train/*": "step", "eval/*": "step", "system/*": "step"}
         assert run.exit_code == 0
         assert {"status": "done", "eval/best": 2.0, "eval/last": 2.0}.items() <= run.summary.items()
         lines = [line for line in printed.splitlines() if "wandb" in line.lower() or "w&b" in line.lower()]
@@ -279,7 +279,7 @@ def test_wandb_offline_without_a_key_and_again_on_resume(tmp_path: Path) -> None
 
     assert_no_secret(tmp_path)
     written = [path for path in tmp_path.iterdir() if path.name not in ("wandb", "metrics.jsonl", "samples.jsonl")]
-    assert [path.name for path in sorted(written)] == ["metrics.abandoned.jsonl", "samples.abandoned.jsonl"]
+    assert [path.name for path in sorted(written)] == ["logs", "metrics.abandoned.jsonl", "samples.abandoned.jsonl"]
 
 
 def test_wandb_that_never_answers_stops_nothing(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     step_metrics: dict[str, str] = field(default_factory=dict)  # of each metric name or glob
+    alerts: list[tuple[str, str, str]] = field(default_factory=list)  # title, text, level
+    preempting: bool = False
     exit_code: int | None = None
 
 
@@ -85,6 +87,10 @@ def read(folder: Path) -> OfflineRun:
             run.summary |= {key_of(item): json.loads(item.value_json) for item in record.summary.update}
         elif kind == "metric":
             run.step_metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "alert":
+            run.alerts.append((record.alert.title, record.alert.text, record.alert.level))
+        elif kind == "preempting":
+            run.preempting = True
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run

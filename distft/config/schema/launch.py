@@ -5,6 +5,8 @@ from typing import Any
 
 from distft.config.schema.knob import choice
 
+ALERTS = ("stall", "spike", "end")
+
 
 @dataclass
 class Launch:
@@ -122,6 +124,9 @@ class Log:
 
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+
+    alerts: list[str] = field(default_factory=lambda: list(ALERTS))
+    """What W&B sends an alert for, to who has switched them on there: stall, spike (of the loss), end."""
 
 
 @dataclass
