@@ -12,7 +12,10 @@ LONGEST_END = 75.0  # seconds that the end of a run waits for its tracker
 
 
 class Tracker(Protocol):
-    """Where metrics are shown: imports in `load`; then, on one thread, `start` first and `finish` last."""
+    """Where metrics are shown: imports in `load`; then, on one thread, `start` first and `finish` last.
+
+    `abandon`: one that has failed or hangs lets go of what would keep the process; called from another thread.
+    """
 
     def load(self) -> None: ...
 
@@ -27,6 +30,8 @@ class Tracker(Protocol):
     def summary(self, values: dict[str, Any]) -> None: ...
 
     def alert(self, title: str, text: str, level: str) -> None: ...
+
+    def abandon(self) -> None: ...
 
     def finish(self, status: str, summary: dict[str, Any]) -> None: ...
 
@@ -78,8 +83,9 @@ class Background:
     def close(self, status: str, summary: dict[str, Any]) -> None:
         """Let it finish, for LONGEST_END seconds at most."""
         self.call("finish", status, summary)
+        if not self.broken:
+            self.thread.join(LONGEST_END)
+            if self.thread.is_alive():
+                self.give_up("it did not finish in time")
         if self.broken:
-            return
-        self.thread.join(LONGEST_END)
-        if self.thread.is_alive():
-            self.give_up("it did not finish in time")
+            self.tracker.abandon()

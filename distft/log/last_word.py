@@ -16,7 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from distft.heartbeat import this_machine
+
 LONGEST = 40.0  # seconds
+SERVICE_SECONDS = 5.0  # that W&B gets to send what it still has
 ANSWER_SECONDS = 15.0  # to reach the server; then the alert is recorded offline
 SESSION = "distft.json"  # in the run's wandb/: the W&B run's id, what it wants to be told, whether it said its own end
 
@@ -53,10 +58,28 @@ def of_end(run_dir: Path, status: str, sentence: str, environment: Mapping[str, 
         speak(run_dir, {"kind": "end", "status": status, "sentence": sentence}, environment, wait=True)
 
 
+def end_service(session: Mapping[str, Any]) -> None:
+    """End what W&B left behind of a process that was killed: about a dead server it would go on for hours."""
+    if session.get("machine") != this_machine() or psutil.pid_exists(session["process"]):
+        return
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if words and words[0].endswith("wandb-core") and str(session["process"]) in words:
+                process.wait(SERVICE_SECONDS)
+        except psutil.TimeoutExpired:
+            process.kill()
+        except psutil.Error:
+            continue
+
+
 def speak(run_dir: Path, what: Mapping[str, str], environment: Mapping[str, str], wait: bool) -> None:
     """Have it said by a process of its own."""
-    if not read_session(run_dir):
+    session = read_session(run_dir)
+    if not session:
         return
+    if wait:
+        end_service(session)
     process = subprocess.Popen(
         [sys.executable, "-m", "distft.log.last_word", str(run_dir), json.dumps(what)],
         env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -18,7 +18,7 @@ import psutil
 if TYPE_CHECKING:
     from distft.world import World
 
-SAMPLE_SECONDS = 10.0
+FIRST_SECONDS, SAMPLE_SECONDS = 0.5, 10.0  # until the first sample, and between others
 MOST_RANKS = 64  # that get curves of their own; of more ranks the spread is shown
 
 
@@ -40,7 +40,7 @@ class Sampler:
     def work(self) -> None:
         self.process.cpu_percent()  # the first answer of each says nothing
         psutil.cpu_percent()
-        wait = 1.0
+        wait = FIRST_SECONDS
         while not self.left.wait(wait):
             self.publish()
             wait = SAMPLE_SECONDS

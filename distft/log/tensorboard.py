@@ -44,6 +44,9 @@ class TensorBoardTracker:
     def alert(self, title: str, text: str, level: str) -> None:
         self.writer.add_text("alert", f"{level}: {title}\n\n{text}")
 
+    def abandon(self) -> None:
+        """Nothing: it has no process of its own."""
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self.writer.add_text("status", status)
         self.writer.close()

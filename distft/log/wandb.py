@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import netrc
 import os
 import secrets
 import string
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from distft.config.redact import redact, redact_tree
 from distft.config.schema import Run
+from distft.heartbeat import this_machine
 from distft.log.last_word import note_session
 from distft.log.system import Gathering
 
 INIT_SECONDS = 30.0  # to reach the server; after that the run is recorded offline
+SERVICE, SERVICE_SECONDS = "wandb-core", 5.0  # W&B's process, and what it gets to end once a run has finished
+FLUSH_SECONDS = 2.0  # between writes of W&B's own record, all of which it would keep in memory until the end
+TABLE_SECONDS = 5.0  # that the end of a run waits for a table on its way
 LONGEST_TITLE = 63  # characters of an alert's title that W&B takes
 PREEMPTED = ("saved_after_signal", "saved_before_deadline")
 FINISH_SECONDS = 60.0  # to send what is left at the end; `wandb sync` sends the rest
@@ -85,6 +93,7 @@ class WandbTracker:
         self.num_records, self.say = num_before, say
         self.offline = True
         self.set_here: list[str] = []
+        self.table: threading.Thread | None = None  # that sends the newest table
 
     def load(self) -> None:
         """Settle the environment, then import."""
@@ -137,6 +146,7 @@ class WandbTracker:
     def open(self) -> None:
         log = self.run.log
         quiet: dict[str, Any] = {"silent": True, "console": "off", "disable_code": True}
+        quiet["x_transaction_log_flush_interval"] = FLUSH_SECONDS
         if redact_tree(sys.argv) != sys.argv:
             quiet["x_disable_meta"] = True  # W&B's metadata holds the command line
         if self.offline:
@@ -159,7 +169,8 @@ class WandbTracker:
 
     def note(self, ended: bool) -> None:
         """For who has to speak about this run when it cannot (last_word.py), and for who takes it up again."""
-        note_session(self.run_dir, {"id": self.id, "alerts": list(self.run.log.alerts), "ended": ended})
+        told = {"alerts": list(self.run.log.alerts), "process": os.getpid(), "machine": this_machine()}
+        note_session(self.run_dir, {"id": self.id, "ended": ended, **told})
 
     def metrics(self, split: str, step: int, record: dict[str, Any]) -> None:
         values = {f"{split}/{name}": value for name, value in record.items()}
@@ -173,10 +184,37 @@ class WandbTracker:
             self.num_records += 1
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A table of its own for every evaluation, under one key: W&B shows them side by side by step."""
+        """A table of its own for every evaluation, under one key: W&B shows them side by side by step.
+
+        W&B asks its server before it takes a table, again and again where that does not answer. So a table has a
+        thread of its own, for which no metric waits; while one is on its way the next is left out.
+        """
         columns = ["step", *rows[0]]
         table = self.wandb.Table(columns=columns, data=[[step, *row.values()] for row in rows])
-        self.record({"step": step, "eval/samples": table})
+        values = {"step": step, "eval/samples": table}
+        if self.offline:
+            self.record(values)
+        elif self.table is None or not self.table.is_alive():
+            self.table = threading.Thread(target=self.send_table, args=(values,), name="W&B table", daemon=True)
+            self.table.start()
+
+    def end_service(self) -> None:
+        """End W&B's own process, which would go on for hours about a server that is dead, and keep this one."""
+        leaving = threading.Thread(target=self.wandb.teardown, name="W&B teardown", daemon=True)
+        leaving.start()
+        leaving.join(SERVICE_SECONDS)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """What it has written lies on the disk, for `wandb sync`."""
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name() == SERVICE:
+                    child.kill()
+
+    def send_table(self, values: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # samples.jsonl has it
+            self.record(values)
 
     def go_back(self, step: int) -> None:
         """Nothing: W&B keeps all records, and along our step axis the later ones are drawn over the earlier."""
@@ -193,6 +231,11 @@ class WandbTracker:
         if status in PREEMPTED:
             self.session.mark_preempting()  # shown as interrupted, not as failed: the same run goes on later
         self.note(ended=True)
-        self.session.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)
+        if self.table is not None:
+            self.table.join(TABLE_SECONDS)
+        try:
+            self.session.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)
+        finally:
+            self.end_service()
         for name in self.set_here:
             os.environ.pop(name, None)

@@ -32,7 +32,7 @@ FAKE_HF = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEF"
 
 # A run in a process of its own: its folder, then which step it goes on from and the W&B run's id.
 SESSION = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from distft.config.schema import Run
 from distft.log import Log
@@ -55,7 +55,13 @@ for step in range(first, 7):
     if step in (0, 3, 6):
         log.evaluation(step, {"loss": 3.0 - step / 6, "source/docs/loss": 1.5})
         log.samples(step, [{"prompt": "p", "answer": f"a{step}"}, {"prompt": "q", "answer": "b"}])
+    if step == 4 and "CRASHES" not in os.environ:
+        log.spike("the loss leapt")
     slowest = max(slowest, time.perf_counter() - started)
+    if str(step) == os.environ.get("CRASHES"):
+        time.sleep(3)  # W&B's process gets what was said
+        os._exit(0)
+    time.sleep(0.2 * (tracker == "wandb"))
 log.say("the end is near")
 log.finish("done", {"eval/best": 2.0, "eval/last": 2.0})
 log.finish("failed", {})
@@ -333,6 +339,7 @@ class Recorder:
 
     def __init__(self, fails_at: str = "", hangs_at: str = "") -> None:
         self.calls: list[str] = []
+        self.abandoned = False
         self.fails_at, self.hangs_at = fails_at, hangs_at
         self.released = threading.Event()
 
@@ -355,6 +362,9 @@ class Recorder:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         self.note(f"samples {step}")
 
+    def abandon(self) -> None:
+        self.abandoned = True
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self.note(status)
 
@@ -373,6 +383,7 @@ def test_calls_arrive_in_order() -> None:
     recorder = Recorder()
     assert tracked(recorder) == []
     assert recorder.calls == ["load", "start", "train 0", "train 1", "train 2", "done"]
+    assert not recorder.abandoned
 
 
 @pytest.mark.parametrize("where", ["load", "start", "train 1"])
@@ -381,6 +392,7 @@ def test_a_failure_is_said_once_and_ends_the_tracker(where: str) -> None:
     said = tracked(recorder)
     assert said == ["It is off for the rest of this run (OSError: no network). Training and metrics.jsonl go on."]
     assert recorder.calls[-1] == where
+    assert recorder.abandoned
 
 
 def test_a_tracker_that_hangs_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
