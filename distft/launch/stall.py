@@ -113,8 +113,8 @@ class StallWatch:
     def __init__(self, run_dir: Path, size: int, patience: Patience, memory: Path | None) -> None:
         self.run_dir, self.size, self.patience = run_dir, size, patience
         self.sights = Sights(run_dir, size, memory)
-from distft.log import last_word
-from distft.pulse import FOLDER, PUBLISH_SECONDS, STACKS, forget, publication, read_publication, stacks_file
+        self.next_look = 0.0
+        self.said: str | None = None
         forget(run_dir)
 
     def look(self) -> str | None:

@@ -54,8 +54,9 @@ def of_stall(run_dir: Path, sentence: str, environment: Mapping[str, str], wait:
 
 def of_end(run_dir: Path, status: str, sentence: str, environment: Mapping[str, str]) -> None:
     """Nothing where the run's own tracker has said its end, or a stall was told already."""
-    if status != "stalled" and not read_session(run_dir).get("ended", True):
-        speak(run_dir, {"kind": "end", "status": status, "sentence": sentence}, environment, wait=True)
+    if not read_session(run_dir).get("ended", True):
+        kind = "stall" if status == "stalled" else "end"
+        speak(run_dir, {"kind": kind, "status": status, "sentence": sentence}, environment, wait=True)
 
 
 def end_service(session: Mapping[str, Any]) -> None:
