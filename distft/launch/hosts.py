@@ -45,10 +45,19 @@ def variables_of(host: Host, facts: Mapping[str, Any], interface: str, run: Run)
 
 
 def commands(
-    engine: str, hosts: Sequence[Host], address: str, port: int, run_dir: Path, resume: str | None
+    engine: str,
+    hosts: Sequence[Host],
+    address: str,
+    port: int,
+    run_dir: Path,
+    resume: str | None,
+    words: Sequence[str] = (),
 ) -> dict[str, list[tuple[int, Command]]]:
-    """By host the processes to start there: the first rank that each is or starts, and its command."""
-    words = rank_words(run_dir / "config.yaml", resume)
+    """By host the processes to start there: the first rank that each is or starts, and its command.
+
+    `words`: what a rank is told behind `distft`, where that is not to train.
+    """
+    words = words or rank_words(run_dir / "config.yaml", resume)
     found: dict[str, list[tuple[int, Command]]] = {}
     size = sum(len(host.slots) for host in hosts)
     for number, (host, ranks) in enumerate(zip(hosts, ranks_of(hosts).values(), strict=True)):

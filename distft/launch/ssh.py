@@ -53,6 +53,7 @@ class Attempt:
     hosts: list[Host]
     signals: Signals
     look: Look
+    words: Sequence[str] = ()  # for the ranks behind `distft`, where they are not to train
 
     @property
     def run_dir(self) -> Path:
@@ -77,7 +78,7 @@ class Attempt:
     def over_ssh(self, address: str, port: int, resume: str | None, told: Mapping[str, str]) -> Ending:
         engine, token = self.fleet.run.launch.engine, secrets.token_hex(8)
         ranks, processes, owners = ranks_of(self.hosts), list[Waited](), list[str]()
-        for name, its in commands(engine, self.hosts, address, port, self.run_dir, resume).items():
+        for name, its in commands(engine, self.hosts, address, port, self.run_dir, resume, self.words).items():
             host = next(host for host in self.hosts if host.name == name)
             self.ask(
                 host, "start", token=token, run_dir=str(self.run_dir), cwd=os.getcwd(),

@@ -11,6 +11,7 @@ import string
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ FLUSH_SECONDS = 2.0  # between writes of W&B's own record, all of which it would
 TABLE_SECONDS = 5.0  # that the end of a run waits for a table on its way
 LONGEST_TITLE = 63  # characters of an alert's title that W&B takes
 PREEMPTED = ("saved_after_signal", "saved_before_deadline")
-FINISH_SECONDS = 60.0  # to send what is left at the end; `wandb sync` sends the rest
+FINISH_SECONDS = 50.0  # to send what is left at the end; `wandb sync` sends the rest
 
 
 def new_id() -> str:
@@ -69,6 +70,18 @@ def credentials() -> tuple[str | None, str | None]:
     return address, key_of(settings)
 
 
+def within(seconds: float, work: Callable[[], Any]) -> None:
+    """Let it have this long; what it raises, or does later, concerns nobody."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, name="W&B, bounded", daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
 class WandbTracker:
     """One W&B run. Its step axis is our own, so that a resumed run continues its curves where they left off.
 
@@ -93,6 +106,7 @@ class WandbTracker:
         self.num_records, self.say = num_before, say
         self.offline = True
         self.set_here: list[str] = []
+        self.wandb: Any = None
         self.table: threading.Thread | None = None  # that sends the newest table
 
     def load(self) -> None:
@@ -198,19 +212,14 @@ class WandbTracker:
             self.table = threading.Thread(target=self.send_table, args=(values,), name="W&B table", daemon=True)
             self.table.start()
 
-    def end_service(self) -> None:
-        """End W&B's own process, which would go on for hours about a server that is dead, and keep this one."""
-        leaving = threading.Thread(target=self.wandb.teardown, name="W&B teardown", daemon=True)
-        leaving.start()
-        leaving.join(SERVICE_SECONDS)
-        self.abandon()
-
     def abandon(self) -> None:
-        """What it has written lies on the disk, for `wandb sync`."""
+        """End W&B's own process; what it has written lies on the disk, for `wandb sync`."""
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.name() == SERVICE:
                     child.kill()
+        if self.wandb is not None:
+            within(SERVICE_SECONDS, self.wandb.teardown)  # else it is waited for when this process ends
 
     def send_table(self, values: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):  # samples.jsonl has it
@@ -233,9 +242,11 @@ class WandbTracker:
         self.note(ended=True)
         if self.table is not None:
             self.table.join(TABLE_SECONDS)
-        try:
-            self.session.finish(exit_code=0 if status in ("done", "early_stopped", "pruned") else 1)
-        finally:
-            self.end_service()
+        exit_code = 0 if status in ("done", "early_stopped", "pruned") else 1
+        # About a dead server W&B's process would go on for hours, and W&B waits for it whatever finish_timeout says.
+        longest = self.session.settings.finish_timeout or FINISH_SECONDS
+        within(longest + SERVICE_SECONDS, partial(self.session.finish, exit_code=exit_code))
+        within(SERVICE_SECONDS, self.wandb.teardown)
+        self.abandon()
         for name in self.set_here:
             os.environ.pop(name, None)

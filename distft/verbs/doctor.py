@@ -15,6 +15,7 @@ from distft.config.ranges import POSITIVE
 from distft.config.schema.doctor import CHECKS, DoctoredRun
 from distft.config.words import nearest
 from distft.errors import DONE, NEGATIVE_VERDICT, Mistakes, UserMistake
+from distft.launch.hosts import PORT
 from distft.launch.start import Command, package_path
 from distft.launch.stop import Signals
 from distft.launch.topology import Place, environment_of, free_port, num_ranks
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(composed: Composed, argv: Sequence[str], place: Place | None) -> int:
-    """Start `launch.ranks` ranks on this machine that look, or be one of them. Returns 0, or 3 if a run would fail.
+    """Start ranks that look, here or on the hosts of a hostfile, or be one. Returns 0, or 3 if a run would fail.
 
     `argv`: the command line behind the verb. `place`: which rank a launcher made this process; None: nobody did.
 
@@ -39,7 +40,9 @@ def main(composed: Composed, argv: Sequence[str], place: Place | None) -> int:
         problems.append("distft doctor takes one configuration: no -m.")
     if problems:
         raise Mistakes(problems)
-    return control(run, argv) if place is None else look(run, place)
+    if place is not None:
+        return look(run, place)
+    return over_ssh(run, argv) if run.launch.target == "ssh" else control(run, argv)
 
 
 def check(run: DoctoredRun, place: Place | None) -> list[str]:
@@ -63,11 +66,11 @@ def check(run: DoctoredRun, place: Place | None) -> list[str]:
         problems.append(f"doctor.slow_link={doctor.slow_link}: a number above 1 is wanted.")
     if doctor.output is not None and not Path(doctor.output).absolute().parent.is_dir():
         problems.append(f"doctor.output={doctor.output}: its folder does not exist. Make it, or name another.")
-    if place is None and (run.launch.target != "local" or run.launch.engine != "direct"):
+    if place is None and (run.launch.target == "slurm" or run.launch.engine != "direct"):
         how = f"launch={run.launch.target} launch.engine={run.launch.engine}"
         problems.append(
-            f"{how}: distft doctor starts ranks on this machine alone. For several, start it as a run is started by "
-            "hand: torchrun, deepspeed --module or srun, with `-m distft doctor`."
+            f"{how}: distft doctor starts its ranks itself, here or over ssh. Drop these, or start it as a run is "
+            "started by hand: torchrun, deepspeed --module or srun, with `-m distft doctor`."
         )
     if run.launch.dry_run and place is not None:
         problems.append("launch.dry_run=true prints what a controller would start; under a launcher nothing is left.")
@@ -86,6 +89,33 @@ def control(run: DoctoredRun, argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="distft-doctor-") as folder, signals.caught():
         Path(folder, "logs").mkdir()
         return run_direct(commands, Path(folder), signals).code
+
+
+def over_ssh(run: DoctoredRun, argv: Sequence[str]) -> int:
+    """A rank for each slot of `launch.hostfile`. What `launch=ssh` would refuse are verdicts here, one a host."""
+    from distft.doctor.disk import existing
+    from distft.doctor.verdict import FAILS, Verdict, verdict_line
+    from distft.launch.fleet import hosts_of
+    from distft.launch.hosts import commands
+    from distft.launch.ssh import Attempt, fleet_of
+
+    hosts, words, signals = hosts_of(run), ["doctor", *argv], Signals()
+    folder = existing(Path(run.run.dir or "runs"))
+    if run.launch.dry_run:
+        planned = commands("direct", hosts, hosts[0].name, PORT, folder, None, words)
+        print("\n".join(f"# on {host}:\n{command}" for host, its in planned.items() for _, command in its))
+        return DONE
+    with tempfile.TemporaryDirectory(prefix=".distft-doctor-", dir=folder) as room, signals.caught():
+        Path(room, "logs").mkdir()
+        try:
+            with fleet_of(run, Path(room)) as fleet:
+                return Attempt(fleet, hosts, signals, lambda: None, words).carry_out(None, {}).code
+        except Mistakes as mistakes:
+            verdicts = [Verdict("hosts", FAILS, problem) for problem in mistakes.problems]
+            print("\n".join([*(f"  {verdict}" for verdict in verdicts), verdict_line(verdicts)]), flush=True)
+            if run.doctor.output:
+                write(Path(run.doctor.output), verdicts, NEGATIVE_VERDICT)
+            return NEGATIVE_VERDICT
 
 
 def look(run: DoctoredRun, place: Place) -> int:

@@ -100,10 +100,33 @@ def test_a_bandwidth_that_is_asked_for_fails_and_other_links_are_not_blamed(host
     assert states["clock"] == states["shared"] == states["same everywhere"] == "ok", text
 
 
-def test_equal_links_are_all_well(hosts: Cluster, tmp_path: Path) -> None:
-    """Negative control."""
-    codes, verdicts, text = examine(hosts, by_hand, tmp_path, "doctor.checks=[links]")
+def over_ssh(hosts: Cluster, folder: Path, *words: str) -> tuple[int, list[dict[str, str]], str]:
+    """`distft doctor launch=ssh` typed on the first host."""
+    output = folder / "verdicts.json"
+    words = (*WORDS, f"run.dir={folder}", f"doctor.output={output}", *words)
+    ssh = ["launch=ssh", f"launch.hostfile={hosts.hostfile(folder / 'hostfile')}"]
+    environment = {**hosts.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "distft", "doctor", *ssh, *words]
+    finished = hosts.hosts[0].run(command, PATIENCE, **environment)
+    text = finished.stdout + finished.stderr
+    assert output.exists(), text
+    return finished.returncode, json.loads(output.read_text())["verdicts"], text
+
+
+def test_equal_links_are_all_well_over_ssh(hosts: Cluster, tmp_path: Path) -> None:
+    """Negative control, and one command for all hosts."""
+    code, verdicts, text = over_ssh(hosts, tmp_path, "doctor.checks=[links]")
     [found] = links(verdicts)
     assert found["state"] == "ok", text
     assert found["said"].startswith("between hosts, 3 pairs by gloo: ")
-    assert codes == [0, 0, 0]
+    assert code == 0
+    assert nothing_is_left(hosts.hosts)
+
+
+def test_a_host_that_is_not_reached_is_a_verdict(hosts: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("node1\nnode9\n")
+    hostfile = f"launch.hostfile={tmp_path / 'hostfile'}"
+    code, verdicts, text = over_ssh(hosts, tmp_path, hostfile)
+    assert code == 3, text
+    assert [(verdict["what"], verdict["state"]) for verdict in verdicts] == [("hosts", "fails")]
+    assert "node9: it cannot be reached" in text
