@@ -124,9 +124,8 @@ def test_equal_links_are_all_well_over_ssh(hosts: Cluster, tmp_path: Path) -> No
 
 
 def test_a_host_that_is_not_reached_is_a_verdict(hosts: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "hostfile").write_text("node1\nnode9\n")
-    hostfile = f"launch.hostfile={tmp_path / 'hostfile'}"
-    code, verdicts, text = over_ssh(hosts, tmp_path, hostfile)
+    (tmp_path / "others").write_text("node1\nnode9\n")
+    code, verdicts, text = over_ssh(hosts, tmp_path, f"launch.hostfile={tmp_path / 'others'}")
     assert code == 3, text
     assert [(verdict["what"], verdict["state"]) for verdict in verdicts] == [("hosts", "fails")]
     assert "node9: it cannot be reached" in text
