@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-SLOWEST_FIRST = ("parity", "entry", "faults", "golden", "contract", "unit")
+SLOWEST_FIRST = ("parity", "entry", "cluster", "faults", "golden", "contract", "unit")
 NEED_RANKS = (
     "tests/parity/",
     "tests/unit/test_decode.py",
