@@ -16,7 +16,7 @@ from typing import Any
 from distft.config.data_rules import data, files, looks_local, sources
 from distft.config.given import all_knobs, ignored, is_default, value_of
 from distft.config.launch_rules import launching
-from distft.config.ranges import RANGES
+from distft.config.ranges import AUTO, RANGES
 from distft.config.redact import redact
 from distft.config.resuming import HASHED
 from distft.config.schema import Run, Source
@@ -107,7 +107,7 @@ def ranges(run: Run) -> Iterator[str]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None and None in (all_knobs()[name].default,):
             continue
-        if value == "auto" and all_knobs()[name].default == "auto":
+        if value == "auto" and (all_knobs()[name].default == "auto" or name in AUTO):
             continue
         if not is_number or not math.isfinite(value) or not fits(value):
             yield f"{name}={value}: {wanted} is wanted."

@@ -61,6 +61,7 @@ RANGES: dict[str, Range] = {
     "launch.cpus_per_rank": COUNT,
     "launch.signal_seconds": COUNT,
     "log.every": COUNT,
+    "sweep.jobs": (COUNT[0], "auto or a whole number from 1"),
     "sweep.trials": COUNT,
     "sweep.seed": NATURAL,
     "sweep.prune_after_trials": NATURAL,
@@ -69,3 +70,6 @@ RANGES: dict[str, Range] = {
     "max_steps": COUNT,
     "seed": NATURAL,
 }
+
+AUTO = ("sweep.jobs",)
+"""Numbers that may also be `auto`, though it is not their default."""

@@ -87,9 +87,8 @@ def together(composed: Composed) -> Iterator[str]:
     """`sweep.jobs`."""
     run, launcher = composed.run, choice_of(composed, "hydra/launcher")
     jobs = run.sweep.jobs
-    if jobs != "auto" and not (isinstance(jobs, int) and not isinstance(jobs, bool) and jobs >= 1):
-        yield f"sweep.jobs={jobs}: auto or a whole number from 1 is wanted."
-        return
+    if jobs != "auto" and not (isinstance(jobs, int) and jobs >= 1):
+        return  # no number of its range, which is told already
     if launcher not in ("basic", "side_by_side"):
         if jobs == "auto":
             yield f"sweep.jobs=auto counts this machine's devices; with hydra/launcher={launcher} give a number."

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from distft.config.check import check
 from distft.config.load import compose, knobs_of
 from distft.config.schema import Run
 from distft.config.schema.sweep import Sweep
@@ -219,7 +220,8 @@ OPTUNA = ["-m", "hydra/sweeper=optuna"]
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused_before_its_first_job(words: list[str], told: str) -> None:
-    [problem, *_] = rules.problems(compose_sweep(words))
+    composed = compose_sweep(words)
+    [problem, *_] = [*check(composed.run), *rules.problems(composed)]
     assert re.search(told, problem)
 
 
