@@ -19,6 +19,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --constraint constraints.txt \
 	$(if $(CI),--quiet)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Runs and tests are many processes: without bytecode on the disk each compiles torch and all else that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 train: .venv/.runtime
 	@deepspeed train.py $(ARGS)
