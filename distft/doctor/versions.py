@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, util
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -24,7 +26,18 @@ def look() -> list[Verdict]:
         said = f"distft runs from a checkout that is not installed, so its ranges are not known; found: {found}"
         return [Verdict("versions", SKIPPED, said, CURE)]
     installed = {requirement.name: version_of(requirement.name) for requirement in wanted}
-    return judge(wanted, installed, python, platform.python_version())
+    torch = util.find_spec("torch")
+    bytecode = Path(torch.cached) if torch is not None and torch.cached else None
+    return judge(wanted, installed, python, platform.python_version()) + compiled(bytecode, sys.dont_write_bytecode)
+
+
+def compiled(bytecode: Path | None, never_written: bool) -> list[Verdict]:
+    """A warning where every process compiles what it imports, as in many container images. `bytecode`: torch's own."""
+    if not never_written or bytecode is None or bytecode.exists():
+        return []
+    said = "PYTHONDONTWRITEBYTECODE is set and torch has no bytecode: every rank compiles all that it imports"
+    cure = f"Unset it, or once: python -m compileall -q {bytecode.parents[2]}. A rank then starts in half the time."
+    return [Verdict("versions", WARN, said, cure)]
 
 
 def version_of(name: str) -> str | None:

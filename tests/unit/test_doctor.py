@@ -179,6 +179,17 @@ def test_versions_out_of_range_fail_and_those_of_extras_warn() -> None:
     assert states(judge("3.10.1", torch="2.11", peft="0.21")) == [FAILS]
 
 
+def test_ranks_that_compile_what_they_import_are_warned_of(tmp_path: Path) -> None:
+    bytecode = tmp_path / "site-packages" / "torch" / "__pycache__" / "__init__.cpython-311.pyc"
+    [found] = versions.compiled(bytecode, never_written=True)
+    assert found.state == WARN
+    assert f"compileall -q {tmp_path / 'site-packages'}." in found.cure
+    assert versions.compiled(bytecode, never_written=False) == []
+    bytecode.parent.mkdir(parents=True)
+    bytecode.touch()
+    assert versions.compiled(bytecode, never_written=True) == []
+
+
 def test_versions_that_differ_between_hosts_are_told() -> None:
     same = {"python": "3.11.4", "torch": "2.13.0"}
     assert versions.compare({"a": same, "b": same}) == []
