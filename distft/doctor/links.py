@@ -176,7 +176,8 @@ def judge_speed(
     prompt = -quantile([-link.latency for link in links], QUICK)
     late = [link for link in links if link.latency > SLOW_LATENCY * prompt and link.latency - prompt > NOTICED_LATENCY]
     below = [link for link in links if floor is not None and link.bandwidth < floor]
-    slow = [link for link in links if link not in below and link.bandwidth < max(quick / factor, FLOOR)]
+    bound = quick / factor if quick >= FLOOR else FLOOR  # where none is quick there is nothing to compare with
+    slow = [link for link in links if link not in below and link.bandwidth < bound]
     found = []
     if below and floor is not None:
         said = f"{blamed(below, links, hosts)}: {worst_rate(below)}, and doctor.min_bandwidth={floor / 1e9:g}"
