@@ -69,9 +69,9 @@ def nothing_is_left(hosts: list[Host]) -> bool:
 
 def test_the_slow_link_is_named_under_torchrun(hosts: Cluster, tmp_path: Path) -> None:
     one, other = hosts.hosts[0], hosts.hosts[2]
-    hosts.slow(0, 2, "40mbit")
+    hosts.slow(0, 2, "8mbit")
     try:
-        codes, verdicts, text = examine(hosts, torchrun, tmp_path, "doctor.slow_link=20")
+        codes, verdicts, text = examine(hosts, torchrun, tmp_path, "doctor.slow_link=60")
     finally:
         one.fast()
         other.fast()
@@ -85,9 +85,9 @@ def test_the_slow_link_is_named_under_torchrun(hosts: Cluster, tmp_path: Path) -
 
 
 def test_a_bandwidth_that_is_asked_for_fails_and_other_links_are_not_blamed(hosts: Cluster, tmp_path: Path) -> None:
-    hosts.slow(0, 1, "40mbit")
+    hosts.slow(0, 1, "8mbit")
     try:
-        codes, verdicts, text = examine(hosts, by_hand, tmp_path, "doctor.min_bandwidth=0.02")
+        codes, verdicts, text = examine(hosts, by_hand, tmp_path, "doctor.min_bandwidth=0.005")
     finally:
         hosts.hosts[0].fast()
         hosts.hosts[1].fast()
@@ -115,8 +115,8 @@ def over_ssh(hosts: Cluster, folder: Path, *words: str) -> tuple[int, list[dict[
 
 def test_equal_links_are_all_well_over_ssh(hosts: Cluster, tmp_path: Path) -> None:
     """Negative control, and one command for all hosts. Links of one machine are as quick as its busy cores let them be:
-    three times slower may be chance here, twenty times is not, and the slow link of the other trials is that."""
-    code, verdicts, text = over_ssh(hosts, tmp_path, "doctor.checks=[links]", "doctor.slow_link=20")
+    three times slower may be chance here, sixty times is not, and the slow link of the other trials is that."""
+    code, verdicts, text = over_ssh(hosts, tmp_path, "doctor.checks=[links]", "doctor.slow_link=60")
     [found] = links(verdicts)
     assert found["state"] == "ok", text
     assert found["said"].startswith("between hosts, 3 pairs by gloo: ")
