@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -80,8 +82,8 @@ class Counted:
     threads: list[int]
 
 
-def rounds(world: World, run: Run, run_dir: Path, num_rounds: int, leak: bool) -> Counted:
-    """Evaluate and save, again and again; counted ten times. `leak`: keep what a round used."""
+def rounds(world: World, run: Run, run_dir: Path, num_rounds: int, leak: int) -> Counted:
+    """Evaluate and save, again and again; counted ten times. `leak`: bytes, and a file, that every round keeps."""
     job = assembled(world, run, run_dir)
     assert job.eval_plan is not None
     names, kept, seen = [source.name for source in job.data.eval], [], Counted([], [], [])
@@ -90,7 +92,7 @@ def rounds(world: World, run: Run, run_dir: Path, num_rounds: int, leak: bool) -
             evaluate(job.strategy, job.eval_plan.eval_steps(), world, names)
             checkpoints.save(TrainState(number))
             if leak:
-                kept.append((bytearray(os.urandom(MIB)), open("/dev/null")))  # noqa: SIM115
+                kept.append((bytearray(os.urandom(leak)), open("/dev/null")))  # noqa: SIM115
             if number % (num_rounds // 10) == 0:
                 checkpoints.wait()
                 gc.collect()
@@ -102,8 +104,11 @@ def rounds(world: World, run: Run, run_dir: Path, num_rounds: int, leak: bool) -
 
 
 def assert_flat(seen: Counted) -> None:
-    """The second half of the rounds took no more than the first half had."""
-    assert max(seen.memory[5:]) < max(seen.memory[:5]) + 2 * MIB, seen
+    """Nothing that a round uses stays: what stays shows in every count, while what the allocator takes for good comes
+    once in a while (4 MiB at a time), and ever more seldom."""
+    growth = [later - earlier for earlier, later in pairwise(seen.memory)]
+    assert median(growth) < 0.4 * MIB, seen
+    assert max(seen.memory[5:]) < max(seen.memory[:5]) + 10 * MIB, seen
     assert len(set(seen.files[2:])) == 1, seen
     assert len(set(seen.threads[2:])) == 1, seen
 
@@ -123,14 +128,14 @@ def test_memory_and_open_files_are_flat(
 ) -> None:
     name = f"flat-{strategy}-{num_rounds}"
     run = run_of(shop.words(name, f"strategy={strategy}", "data.eval_fraction=0.2", "data.sequence_length=1024"))
-    for seen in pool(2).run(rounds, run, shop.folder / name, num_rounds, False):
+    for seen in pool(2).run(rounds, run, shop.folder / name, num_rounds, 0):
         assert_flat(seen)
 
 
 def test_a_leak_would_be_seen(pool: Callable[[int], Pool], shop: Shop) -> None:
     """Negative control."""
     run = run_of(shop.words("leak", "strategy=ddp", "data.eval_fraction=0.2"))
-    [seen] = pool(1).run(rounds, run, shop.folder / "leak", 20, True)
+    [seen] = pool(1).run(rounds, run, shop.folder / "leak", 20, MIB // 2)  # 1 MiB from one count to the next
     with pytest.raises(AssertionError):
         assert_flat(Counted(seen.memory, [0] * 10, [0] * 10))
     with pytest.raises(AssertionError):
