@@ -59,8 +59,9 @@ def run(
     try:
         work = replace(work, folder=folder)
         started: Started = importlib.import_module(MODULES[name]).start(python, work, setting)
-        environment = {
-            **os.environ,
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environment = {  # with it, a program whose environment has no bytecode yet would compile all it imports each time
+            **inherited,
             **started.environment,
             "OMP_NUM_THREADS": str(max(1, threads // work.ranks)),
             "TOKENIZERS_PARALLELISM": "true",
