@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -249,6 +250,17 @@ def edit_the_manifest(path: Path) -> None:
     manifest.write_text(json.dumps(values))
 
 
+@pytest.fixture(scope="module")
+def sound(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A run folder with two sound checkpoints, of which the newer is taken; the losses that follow the older."""
+    folder = tmp_path_factory.mktemp("sound")
+    losses = pool(2).run(two_checkpoints, folder)[0]
+    assert layout.steps(folder) == [2, 3]
+    taken = pool(2).run(resumed, DAMAGE, folder)
+    assert (taken[0].state["step"], taken[0].said) == (3, [])
+    return folder, losses
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -259,13 +271,14 @@ def edit_the_manifest(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    pool: Callable[[int], Pool], tmp_path: Path, damage: Callable[[Path], None], told: str
+    pool: Callable[[int], Pool],
+    sound: tuple[Path, list[float]],
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    told: str,
 ) -> None:
-    losses = pool(2).run(two_checkpoints, tmp_path)[0]
-    assert layout.steps(tmp_path) == [2, 3]
-    sound = pool(2).run(resumed, DAMAGE, tmp_path)
-    assert (sound[0].state["step"], sound[0].said) == (3, [])
-
+    folder, losses = sound
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoints" / "step-000003" / layout.rank_file(1))
     passed = pool(2).run(resumed, DAMAGE, tmp_path)
     assert [half.state["step"] for half in passed] == [2, 2]
