@@ -37,6 +37,7 @@ faults: .venv/.dev
 
 lint: .venv/.dev
 	@ruff check .
+	@ruff format --check --quiet .
 	mypy
 	lint-imports
 

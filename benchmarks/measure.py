@@ -259,9 +259,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int 
             if number >= warm_up:
                 taken[name].append(seconds)
     return {
-        name: Seconds(
-            statistics.median(one.wall for one in several), statistics.median(one.busy for one in several)
-        )
+        name: Seconds(statistics.median(one.wall for one in several), statistics.median(one.busy for one in several))
         for name, several in taken.items()
     }
 

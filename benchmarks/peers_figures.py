@@ -51,9 +51,7 @@ def best(entries: Iterable[Entry], measure: str) -> Entry:
 def fastest_settings(entries: Sequence[Entry]) -> list[Entry]:
     """Each program of each cell once, at its fastest setting."""
     keys = dict.fromkeys((entry.case, entry.program) for entry in entries)
-    return [
-        best((e for e in entries if (e.case, e.program) == key), "supervised_per_second") for key in keys
-    ]
+    return [best((e for e in entries if (e.case, e.program) == key), "supervised_per_second") for key in keys]
 
 
 def bar_ratio(bar: Bar, entries: Sequence[Entry]) -> tuple[float, Entry] | None:

@@ -60,7 +60,7 @@ def run(
         work = replace(work, folder=folder)
         started: Started = importlib.import_module(MODULES[name]).start(python, work, setting)
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment = {  # with it, a program whose environment has no bytecode yet would compile all it imports each time
+        environment = {  # without bytecode a program would compile all it imports at every start
             **inherited,
             **started.environment,
             "OMP_NUM_THREADS": str(max(1, threads // work.ranks)),

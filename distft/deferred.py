@@ -37,9 +37,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
     losses = True  # whether those of OTHER_LOSSES are left out
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == COMPILER:
             return importlib.util.spec_from_loader(name, StandInLoader(StandIn), is_package=True)
         if name == MASKS and isinstance(sys.modules.get(COMPILER), StandIn):

@@ -103,9 +103,7 @@ def load(
     return TrainState.of(manifest.state)
 
 
-def choose(
-    source: Path, world: World, say: Callable[[str], None], newest: int | None = None
-) -> tuple[Path, Manifest]:
+def choose(source: Path, world: World, say: Callable[[str], None], newest: int | None = None) -> tuple[Path, Manifest]:
     """The newest checkpoint of `source` that verifies, as in `load`. Collective.
 
     Raises:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from distft.data.cache import EncodedSource
 
 
-
 class Plan:
     """What every step of a run is made of. Any step can be asked for at any time; only `skipped` ever changes.
 

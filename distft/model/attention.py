@@ -58,7 +58,7 @@ def choose_for(config: Any, wanted: str, trust_remote_code: bool = False, name: 
     small = miniature(config, trust_remote_code)
     candidates = (VARLEN, "sdpa", "eager") if wanted == "auto" else (wanted,)
     if small is None:
-        plain = (("sdpa" if has_sdpa(config) else "eager") if wanted == "auto" else wanted)
+        plain = ("sdpa" if has_sdpa(config) else "eager") if wanted == "auto" else wanted
         reason = f"{name}: no small copy could be made to try packing on, so model.attention={plain} is used"
         return AttentionChoice(plain, False, reason)
     found: AttentionChoice | None = None
@@ -123,8 +123,11 @@ def is_isolated(model: nn.Module, implementation: str, naive: bool = False) -> b
         row = words(sum(lengths))
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        arguments = {} if naive else accepted(model, {"position_ids": positions}) | packed_arguments(
-            model.config, positions, bounds, max(lengths), lengths, torch.float32
+        arguments = (
+            {}
+            if naive
+            else accepted(model, {"position_ids": positions})
+            | packed_arguments(model.config, positions, bounds, max(lengths), lengths, torch.float32)
         )
         plain = logits_of(model, row, arguments).split(lengths, dim=1)
         for edited in (0, len(lengths) - 1):

@@ -142,8 +142,10 @@ def by_document(
 @functools.lru_cache(maxsize=64)
 def band(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
     """[queries, keys] bool: the last query stands at the last key, each sees `window` keys up to its own."""
-    behind = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries) - torch.arange(
-        num_keys, device=device
+    behind = (
+        torch.arange(num_queries, device=device)[:, None]
+        + (num_keys - num_queries)
+        - torch.arange(num_keys, device=device)
     )
     return (behind >= 0) & (behind < window)
 

@@ -109,9 +109,7 @@ class Trainee(nn.Module):
         by_source, counts = sums_by_source(nll.detach(), batch.sources, request.num_sources)
         return LossSums(loss, by_source, counts, auxiliary.detach())
 
-    def ask(
-        self, positions: Tensor, input_ids: Tensor, targets: Tensor | None, by_position: bool = True
-    ) -> Request:
+    def ask(self, positions: Tensor, input_ids: Tensor, targets: Tensor | None, by_position: bool = True) -> Request:
         num_rows, length = input_ids.shape
         chunk = self.vocab_chunk
         if input_ids.device.type == "cpu":  # where smaller products are as fast, and logits cost the most memory

@@ -32,9 +32,7 @@ pre { padding: .6rem 1rem; overflow-x: auto; } p.note { color: #666; font-size: 
 """
 
 
-def page(
-    sweep: SweepFolder, settings: Sequence[Setting], verdict: Verdict, importances: dict[str, float]
-) -> str:
+def page(sweep: SweepFolder, settings: Sequence[Setting], verdict: Verdict, importances: dict[str, float]) -> str:
     """The whole page. Every value from the sweep is escaped."""
     folder = sweep.folder.absolute()
     title = f"Sweep {folder.name}"

@@ -95,8 +95,9 @@ class Zero:
         optimizer = make_optimizer(list(self.trained.items()))
         import_muon()
         with contextlib.redirect_stdout(io.StringIO()), frugal():  # BF16_Optimizer prints memory reports
-            self.engine, *_ = deepspeed.initialize(model=Envelope(trainee, self.world, self.autocast),
-                                                   optimizer=optimizer, config=config)
+            self.engine, *_ = deepspeed.initialize(
+                model=Envelope(trainee, self.world, self.autocast), optimizer=optimizer, config=config
+            )
         self.optimizer: Optimizer = self.engine.basic_optimizer
         self._stream(weights)
 

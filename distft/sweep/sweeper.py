@@ -149,4 +149,3 @@ def in_a_row(jobs: Sequence[Job]) -> list[list[Job]]:
         else:
             groups.append([job])
     return groups
-

@@ -26,6 +26,7 @@ for name, *words in (("scaling",), ("gpu", "--device", "cpu"), ("engines",)):
     sys.argv = ["", folder]
 """
 
+
 def run(code: str, *words: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -21,9 +21,7 @@ from distft.errors import UserMistake
 from tests.faults.runs import ROOT, Shop, final_weights, records
 from tests.unit.some_data import a_run, byte_level, prepared, questions, write_jsonl
 
-TRIAL = (
-    "bad rows: broken JSON, wrong types, empty, invalid UTF-8, a 10 MB row, a row with no assistant turn"
-)
+TRIAL = "bad rows: broken JSON, wrong types, empty, invalid UTF-8, a 10 MB row, a row with no assistant turn"
 LARGE = 10_000_000
 
 

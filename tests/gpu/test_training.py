@@ -108,9 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing(device: str, monkeypatch: pyt
         for shard in fit.strategy.shards():
             assert torch.equal(shard.tensor, before[shard.name + shard.kind]), shard.name
         train(fit, world, case, range(2, 3))
-        assert any(
-            not torch.equal(shard.tensor, before[shard.name + shard.kind]) for shard in fit.strategy.shards()
-        )
+        assert any(not torch.equal(shard.tensor, before[shard.name + shard.kind]) for shard in fit.strategy.shards())
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)

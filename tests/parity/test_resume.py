@@ -148,9 +148,7 @@ def test_ten_steps_are_five_and_five_in_bf16(
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2"])
-def test_a_host_optimizer_resumes_too(
-    pool: Callable[[int], Pool], trained: Trained, tmp_path: Path, zero: str
-) -> None:
+def test_a_host_optimizer_resumes_too(pool: Callable[[int], Pool], trained: Trained, tmp_path: Path, zero: str) -> None:
     case = Case(zero, 1, FULL)
     whole = pool(2).run(offloaded, case, tmp_path, uninterrupted)
     again = pool(2).run(offloaded, case, tmp_path, resumed)

@@ -221,9 +221,7 @@ def test_heads_of_real_models_pass_the_check(name: str) -> None:
     assert check_head(CONFIGS[name]) == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "attribute"), [("gemma2", "softcap"), ("cohere", "scale"), ("granite", "scale")]
-)
+@pytest.mark.parametrize(("name", "attribute"), [("gemma2", "softcap"), ("cohere", "scale"), ("granite", "scale")])
 def test_the_check_sees_what_is_missed(name: str, attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     missed = Tail(**{**vars(tail_of(CONFIGS[name])), attribute: getattr(Tail(), attribute)})
     monkeypatch.setattr("distft.model.head.tail_of", lambda config: missed)
