@@ -25,7 +25,7 @@ from distft.launch.stop import STOP_SIGNALS, name_of
 from distft.log import SKIPPED
 from distft.objective.trainee import LossRequest, LossSums
 from distft.optim import lr_at
-from distft.perf import memory
+from distft.perf import memory, trim
 from distft.world import World, longest_wait, seed_everything, seed_of, sum_over
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Fit:
             out_of_patience = 0 < config.early_stopping.patience <= state.evaluations_without_best
             keeps_best = config.checkpoint.every > 0 or config.early_stopping.patience > 0
             if self.due(config.checkpoint.every) or out_of_patience or (improved and keeps_best):
-                self.checkpoint()
+                self.checkpoint(last=out_of_patience or state.step == self.num_steps)
             if out_of_patience:
                 return "early_stopped"
             wishes = (self.prune_requested(), self.deadline_near(), *self.stop_requested())
@@ -185,7 +185,7 @@ class Fit:
             if failed:
                 self.checkpoints.wait()
             if (late or any(signals)) and state.step < self.num_steps:
-                self.checkpoint()
+                self.checkpoint(last=True)
                 self.checkpoints.wait(needed=True)
                 raise self.stop(signals)
             if pruned and state.step < self.num_steps:
@@ -219,6 +219,8 @@ class Fit:
                 self.guard.reduce(nll[:-1])
             heartbeat.mark("backward")
             strategy.backward(answer.loss, last=last)
+            if config.batch.pass_tokens is not None and world.device.type == "cpu":
+                trim()  # what this pass leaves free is in pieces that the next one, of other lengths, cannot use
         heartbeat.mark("optimizer step")
         self.interval.steps += 1
         self.interval.tokens += step.num_tokens
@@ -336,13 +338,15 @@ class Fit:
         state.evaluations_without_best += 1
         return False
 
-    def checkpoint(self) -> None:
-        """Take a checkpoint, once a step; it is written behind the next steps."""
+    def checkpoint(self, last: bool = False) -> None:
+        """Take a checkpoint, once a step; it is written behind the next steps, if it is not the `last`."""
         if self.saved_at != self.state.step:
             heartbeat.mark("checkpoint")
             started = time.perf_counter()
+            if last:
+                trim()
             self.settle()
             self.state.recent_losses = self.guard.saved()
-            self.checkpoints.save(self.state)
+            self.checkpoints.save(self.state, last)
             self.saved_at = self.state.step
             self.interval.started += time.perf_counter() - started

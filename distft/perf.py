@@ -114,14 +114,20 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def give_back() -> None:
-    """Let the C library return what was freed to the system: on a CPU, a run's activations and gradients."""
-    import ctypes
+    """Collect garbage, then `trim`."""
     import gc
 
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Let the C library return what was freed to the system, which it otherwise keeps."""
+    import ctypes
+
+    of_glibc = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if of_glibc is not None:
+        of_glibc(0)
 
 
 def attended_pairs(lengths: Iterable[int], window: int | None = None) -> int:

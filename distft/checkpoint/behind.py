@@ -84,8 +84,11 @@ class WriteBehind:
         elif self.thread is not None:  # what ends the run is told, not what the writer met
             self.thread.join(None if isinstance(error, Stop) else LEAVE_SECONDS)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, last: bool = False) -> None:
         """Take a checkpoint of `state`, once the one before it is complete.
+
+        `last`: nothing is trained after it, so it needs no copy: it is written from the weights themselves, and
+        complete when this returns.
 
         Raises:
             Stop: what became of the one before it, see `wait`.
@@ -96,7 +99,9 @@ class WriteBehind:
         state.proof = self.prove() if self.prove is not None else {}
         shards, event = owned(self.strategy), None
         behind = self.run.checkpoint.background
-        if behind == "auto":
+        if last:
+            behind, self.buffers = False, []
+        elif behind == "auto":
             behind = bool(self.buffers) or fits_beside(shards)
         if behind:
             shards, event = self.copied(shards)

@@ -24,7 +24,7 @@ from distft.checkpoint.layout import Damaged, FileRecord, Manifest
 from distft.strategy.base import Shard
 from distft.weights.write import hash_file
 
-PART = 1 << 26  # bytes of a file compared at a time
+PART = 1 << 24  # bytes of a file compared at a time
 
 
 def key_of(shard: Shard) -> str:

@@ -244,14 +244,14 @@ def flex() -> str:
 def liger() -> str:
     from transformers import LlamaConfig
 
-    from distft.model.kernels import proven, why_not
+    from distft.model.kernels import fused_kinds, proven, why_not
     from distft.model.miniature import miniature
 
     if missing := why_not(device()):
         raise Absent(missing.rstrip("."))
     small = miniature(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2))
     assert small is not None
-    taken = proven(small, device())
+    taken = proven(small, device(), fused_kinds())
     if not taken:
         raise ValueError("no fused layer computes what the plain one does")
     return ", ".join(taken)

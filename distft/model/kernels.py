@@ -1,8 +1,9 @@
-"""Fused RMSNorm, RoPE and SwiGLU/GeGLU from liger-kernel (Hsu et al. 2024), put on instances and never on classes.
+"""Better RMSNorm, RoPE and SwiGLU/GeGLU than the models' own, put on instances and never on classes.
 
-Liger's own `apply_liger_kernel_to_<model>` knows models by name and replaces functions for the whole process. Here a
-kind of layer is recognised by its shape, tried on a small copy of the model on the same GPU, forward and backward, and
-taken only if the copy's logits and gradients stay what they were.
+On CUDA they are the fused kernels of liger-kernel (Hsu et al. 2024), whose own `apply_liger_kernel_to_<model>` knows
+models by name and replaces functions for the whole process; elsewhere those of `distft.model.lean`, which keep less for
+the backward pass. A kind of layer is recognised by its shape, tried on a small copy of the model on the same device,
+forward and backward, and taken only if the copy's logits and gradients stay what they were.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ TOLERANCE = 1e-3  # of the largest value; fp32 with another order of sums stays 
 
 
 def apply(model: Any, mode: str, device: torch.device) -> list[str]:
-    """Put fused kernels on the layers of `model`, also on meta or wrapped by PEFT. Returns what the user should know.
+    """Put them on the layers of `model`, also on meta or wrapped by PEFT. Returns what the user should know.
 
-    mode: `auto` takes them on CUDA where liger-kernel is installed; `liger` insists; `none` leaves the model alone.
+    mode: `auto` takes fused kernels on CUDA where liger-kernel is installed, else plain torch's; `liger` insists;
+    `none` leaves the model alone.
 
     Raises:
         UserMistake: `liger` where it cannot be had.
@@ -38,22 +40,21 @@ def apply(model: Any, mode: str, device: torch.device) -> list[str]:
     if mode == "none":
         return []
     missing = why_not(device)
-    if missing:
-        if mode == "liger":
-            raise UserMistake(f"model.kernels=liger {missing} Use model.kernels=auto or none.")
-        return []
+    if missing and mode == "liger":
+        raise UserMistake(f"model.kernels=liger {missing} Use model.kernels=auto or none.")
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     trusted = type(causal).__module__.startswith("transformers_modules")
     small = miniature(causal.config, trust_remote_code=trusted)
     if small is None:
-        return ["model.kernels: no small copy of this model could be made to check fused kernels on, so none are used"]
-    taken = proven(small, device)
+        note = "model.kernels: no small copy of this model could be made to check fused kernels on, so none are used"
+        return [] if missing else [note]
+    taken = proven(small, device, lean_kinds() if missing else fused_kinds())
     for patch in taken.values():
         for module in causal.modules():
             patch(module)
     if not taken and mode == "liger":
         raise UserMistake("model.kernels=liger knows no layer of this model. Use model.kernels=auto or none.")
-    return [f"Fused kernels: {', '.join(taken)}"] if taken else []
+    return [f"Fused kernels: {', '.join(taken)}"] if taken and not missing else []
 
 
 def why_not(device: torch.device) -> str:
@@ -66,12 +67,13 @@ def why_not(device: torch.device) -> str:
     return "" if installed else "needs the package liger-kernel (pip install 'distft[kernels]')."
 
 
-def proven(small: nn.Module, device: torch.device) -> dict[str, Patch]:
-    """The patches under which a copy of `small` on `device` computes what it did, by name. `small` is not changed."""
+def proven(small: nn.Module, device: torch.device, kinds: dict[str, list[Patch]]) -> dict[str, Patch]:
+    """Those of `kinds` under which a copy of `small` on `device` computes what it did, by name; `small` is left as it
+    was."""
     trial = copy.deepcopy(small).to(device).train()
     expected = outcome(trial)
     taken: dict[str, Patch] = {}
-    for name, variants in kinds().items():
+    for name, variants in kinds.items():
         for patch in variants:
             before = {module: vars(module).get("forward") for module in trial.modules()}
             known = [patch(module) for module in trial.modules()]
@@ -89,14 +91,34 @@ def put_back(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def kinds() -> dict[str, list[Patch]]:
-    """Patches by name; of several variants the first that proves right is taken."""
-    norms = [(0.0, "llama"), (1.0, "gemma")]  # offset of the weight, and where it casts to fp32
+NORMS = [(0.0, "llama"), (1.0, "gemma")]  # offset of the weight, and where it casts to fp32
+
+
+def fused_kinds() -> dict[str, list[Patch]]:
+    """Liger's patches by name; of several variants the first that proves right is taken."""
+    from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction
+
+    def normed(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
+        # Not in place: with residuals behind the norm the incoming gradient is needed once more.
+        out: Tensor = LigerRMSNormFunction.apply(states, weight, eps, offset, casting, False, None)
+        return out
+
     return {
-        "RMSNorm": [functools.partial(fuse_norm, offset=offset, casting=casting) for offset, casting in norms],
+        "RMSNorm": [functools.partial(fuse_norm, function=normed, variant=variant) for variant in NORMS],
         "RoPE": [fuse_rotary],
-        "SwiGLU": [functools.partial(fuse_gated, function="LigerSiLUMulFunction")],
-        "GeGLU": [functools.partial(fuse_gated, function="LigerGELUMulFunction")],
+        "SwiGLU": [functools.partial(fuse_gated, function=LigerSiLUMulFunction.apply)],
+        "GeGLU": [functools.partial(fuse_gated, function=LigerGELUMulFunction.apply)],
+    }
+
+
+def lean_kinds() -> dict[str, list[Patch]]:
+    """The same in plain torch. The rotary embedding keeps nothing as it is."""
+    from distft.model.lean import Gated, Normed
+
+    return {
+        "RMSNorm": [functools.partial(fuse_norm, function=Normed.apply, variant=variant) for variant in NORMS],
+        "SwiGLU": [functools.partial(fuse_gated, function=lambda gate, up: Gated.apply(gate, up, "silu"))],
+        "GeGLU": [functools.partial(fuse_gated, function=lambda gate, up: Gated.apply(gate, up, "gelu"))],
     }
 
 
@@ -120,36 +142,29 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
     )
 
 
-def fuse_norm(module: nn.Module, offset: float, casting: str) -> bool:
-    """RMSNorm (Zhang & Sennrich 2019) with a weight."""
+def fuse_norm(module: nn.Module, function: Callable[..., Tensor], variant: tuple[float, str]) -> bool:
+    """RMSNorm (Zhang & Sennrich 2019) with a weight. `variant`: of NORMS."""
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
         return False
-    from liger_kernel.ops import LigerRMSNormFunction
-
     eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     if eps is None:
         return False
 
-    def forward(self: Any, hidden: Tensor) -> Tensor:
-        # Not in place: with residuals behind the norm the incoming gradient is needed once more.
-        normed: Tensor = LigerRMSNormFunction.apply(hidden, self.weight, eps, offset, casting, False, None)
-        return normed
+    def forward(self: Any, states: Tensor) -> Tensor:
+        return function(states, self.weight, eps, *variant)
 
     module.forward = types.MethodType(forward, module)
     return True
 
 
-def fuse_gated(module: nn.Module, function: str) -> bool:
+def fuse_gated(module: nn.Module, function: Callable[[Tensor, Tensor], Tensor]) -> bool:
     """down(act(gate(x)) * up(x)) (Shazeer 2020), its projections called as modules, adapters included."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return False
-    import liger_kernel.ops
-
-    product = getattr(liger_kernel.ops, function)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(product.apply(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(function(self.gate_proj(x), self.up_proj(x)))
         return out
 
     module.forward = types.MethodType(forward, module)

@@ -14,7 +14,7 @@ from distft.model.head import Request, attach, check_head
 from distft.model.loss import tail_of
 from distft.model.varlen import packed_arguments
 
-CPU_LOGITS, LEAST_CHUNK = 1 << 22, 64  # on a CPU: logits that exist at a time (16 MiB), and positions at least
+CPU_LOGITS, LEAST_CHUNK = 1 << 21, 64  # on a CPU: logits that exist at a time (8 MiB), and positions at least
 
 
 @dataclass(frozen=True)

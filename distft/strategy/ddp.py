@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 
 from distft.config.schema import Run
+from distft.model import lookup
 from distft.model.load import finish_buffers
 from distft.strategy.base import MakeOptimizer, Shard
 from distft.strategy.birth import empty_on, has_separate_experts, read_weights, set_dtypes
@@ -58,7 +59,9 @@ class Ddp:
         assert group is not None
         self.update = Update(trained, make_optimizer, self.clip, self.world, group)
         self.module: nn.Module = trainee
-        if self.world.size > 1:
+        if self.world.size == 1:
+            lookup.enable(trainee.model)
+        else:
             self.module = self.wrap(trainee, has_separate_experts(name for name, _ in trained))
 
     def wrap(self, trainee: Trainee, find_unused_parameters: bool) -> DistributedDataParallel:

@@ -7,8 +7,6 @@ or cleared meanwhile means anything, and under ZeRO-3 a rank may take no more th
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import stage3
 from torch import Tensor
+
+from distft.perf import give_back
 
 LARGE = 1024**2  # bytes
 
@@ -108,10 +108,3 @@ def untouched(zeros: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return zeros(*size, **options)
 
     return cleared
-
-
-def give_back() -> None:
-    """Return freed memory to the system, which glibc otherwise keeps."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -117,7 +117,7 @@ class Job:
         from distft.objective import budget
         from distft.objective.trainee import Trainee
         from distft.optim import make_optimizer
-        from distft.perf import cost_of
+        from distft.perf import cost_of, give_back
         from distft.strategy import make_strategy
         from distft.strategy.numbers import numbers_of
         from distft.world import products_note
@@ -154,6 +154,7 @@ class Job:
         several = len(data.train) > 1
         head_notes = head_trial.settle(trainee, run.model.head, world, precision, micro_tokens, several, cache)
         heartbeat.mark("start")
+        give_back()  # of preflight, where it ran here, and of the small copies
         strategy.prepare(trainee, layers, weights, partial(make_optimizer, shapes=shapes, optim=run.optim))
         return cls(
             run=run,
@@ -288,21 +289,20 @@ class Job:
             else:  # checkpoint.on_full=skip
                 log.say(f"The best weights, those of step {state.best_step}, were not saved: the last ones are final")
         strategy.release()
-        give_back()  # the model is read back beside the trained one
+        give_back()  # the model is written, and read back, beside the trained one
         tokenizer = self.tokenizer
         probe = take_probe(strategy, prompt_ids(tokenizer), world)
         gathered = strategy.gather()
         verdict = Verdict()
         if world.is_main:
             with verdict:
-                tensors = ((name, tensor) for name, tensor in gathered if tensor is not None)
                 base = Path(self.prepared.model_folder)
-                hashes = save_final(
-                    self.run_dir / "final", base, run, tensors, tokenizer, probe, self.precision, self.base_hashes
-                )
+                written = (run, ((name, tensor) for name, tensor in gathered if tensor is not None), tokenizer, probe)
+                hashes = save_final(self.run_dir / "final", base, *written, self.precision, self.base_hashes)
         for _ in gathered:  # the other ranks' part; and the rest of it where writing failed
             pass
         if world.is_main and verdict.stop is None:
+            give_back()
             with verdict:
                 room = memory_bound(run.verify.max_memory)
                 check_final(self.run_dir / "final", hashes, probe, run, self.precision, None, room, log.say)

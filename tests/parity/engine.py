@@ -93,6 +93,10 @@ def prepared(world: World, case: Case, weights: Weights | None = None) -> Strate
         from distft.model import compile
 
         compile.enable(blocks(model), world.device, case.backend)
+    else:
+        from distft.model import kernels
+
+        assert kernels.apply(model, "auto", world.device) == []
     enable(model, blocks(model), case.checkpointing)
     trainee = Trainee(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

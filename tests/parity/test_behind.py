@@ -137,6 +137,30 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert pool(2).run(taken_up, case, tmp_path / "killed")[0] == (kept, losses[kept])
 
 
+def last_one(world: World, case: Case, folder: Path) -> tuple[int, list[int], int, bool]:
+    """Copies held after a checkpoint behind training; what is complete when the last one returns, the copies then, and
+    whether it holds what a checkpoint written at once does."""
+    strategy = prepared(world, case)
+    train(strategy, world, case, 0)
+    with writer(strategy, world, case, folder / "behind") as checkpoints:
+        checkpoints.save(TrainState(1))
+        copies = len(checkpoints.buffers)
+        train(strategy, world, case, 1)
+        save(folder / "at-once", strategy, TrainState(2), world, keep=2, engine=case.strategy)
+        checkpoints.save(TrainState(2), last=True)
+        whole, left = layout.steps(folder / "behind"), len(checkpoints.buffers)
+    files = [layout.step_folder(folder / way, 2) / layout.rank_file(world.rank) for way in ("behind", "at-once")]
+    return copies, whole, left, files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_the_last_one_takes_no_copy(pool: Callable[[int], Pool], tmp_path: Path, strategy: str) -> None:
+    for copies, whole, left, alike in pool(2).run(last_one, Case(strategy, 1, ADAMW), tmp_path):
+        assert copies > 0
+        assert (whole, left) == ([1, 2], 0)
+        assert alike
+
+
 def refused(world: World, case: Case, folder: Path) -> tuple[list[bool], str, list[int], float]:
     """The second checkpoint cannot be written by rank 1: when all ranks know, what is told, and what is left."""
     strategy = prepared(world, case)

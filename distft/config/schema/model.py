@@ -32,7 +32,9 @@ class Model:
     """auto: the varlen path where the model allows it, else a slower correct one, and says so."""
 
     kernels: str = choice("auto", "liger", "none")
-    """Fused RMSNorm, RoPE and SwiGLU from liger-kernel; auto: on CUDA where installed and known for this model."""
+    """RMSNorm, RoPE and SwiGLU in better ways than the model's own, where a small copy of the model proves them equal.
+    liger: fused, from liger-kernel. auto: those on CUDA where installed, else RMSNorm and SwiGLU in plain torch that
+    keep less for the backward pass. none: the model's own."""
 
     head: str = choice("auto", "chunked", "liger", "torch")
     """How the head's loss is computed. chunked: in plain torch. liger: with liger-kernel's kernel. torch: by its own
