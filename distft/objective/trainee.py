@@ -14,7 +14,7 @@ from distft.model.head import Request, attach, check_head
 from distft.model.loss import tail_of
 from distft.model.varlen import packed_arguments
 
-CPU_LOGITS, LEAST_CHUNK = 1 << 21, 64  # on a CPU: logits that exist at a time (8 MiB), and positions at least
+CPU_LOGITS, LEAST_CHUNK = 1 << 23, 64  # on a CPU: logits that exist at a time (32 MiB), and positions at least
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Trainee(nn.Module):
     def ask(self, positions: Tensor, input_ids: Tensor, targets: Tensor | None, by_position: bool = True) -> Request:
         num_rows, length = input_ids.shape
         chunk = self.vocab_chunk
-        if input_ids.device.type == "cpu":  # where smaller products are as fast, and logits cost the most memory
+        if input_ids.device.type == "cpu":  # where larger products are no faster, and logits cost the most memory
             chunk = min(chunk, max(LEAST_CHUNK, CPU_LOGITS // self.config.get_text_config().vocab_size))
         return Request(positions, length, num_rows, targets, chunk, self.head_way, by_position)
 
