@@ -23,7 +23,7 @@ from distft.config.schema import Run, Source
 from distft.config.schema.launch import ALERTS
 from distft.config.schema.strategy import FSDP, ZERO
 from distft.config.slurm_rules import slurm
-from distft.config.words import knobs, nearest, sections
+from distft.config.words import knobs, nearest, sections, unlisted
 
 
 def check(run: Run) -> list[str]:
@@ -292,11 +292,7 @@ def tracking(run: Run) -> Iterator[str]:
     if run.log.tracker != "wandb":
         names = ["log.project", "log.group", "log.tags", "log.alerts"]
         yield from ignored(run, names, f"with log={run.log.tracker} (log=wandb has them)")
-    for word in run.log.alerts:
-        if word not in ALERTS:
-            near = nearest(word, ALERTS)
-            meant = f"Did you mean {near}? " if near else ""
-            yield f"log.alerts: no alert is called {word}. {meant}There are: {', '.join(ALERTS)}."
+    yield from unlisted("log.alerts", run.log.alerts, ALERTS, "is no alert")
 
 
 def secrets(run: Run) -> Iterator[str]:

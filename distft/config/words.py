@@ -9,7 +9,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,16 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
         ends = [name for name in words if name.rpartition(".")[2] == last]
         found = ends or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def unlisted(knob: str, given: Iterable[str], known: Sequence[str], fault: str) -> Iterator[str]:
+    """A sentence for each name given to a knob that takes some of `known`. `fault`: what such a name is, as in `{name}
+    {fault}`."""
+    for name in given:
+        if name not in known:
+            near = nearest(name, known)
+            meant = f" Did you mean {near}?" if near else ""
+            yield f"{knob}: {name} {fault}.{meant} There are: {', '.join(known)}."
 
 
 def wanted(annotation: Any) -> str:

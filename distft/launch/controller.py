@@ -106,9 +106,16 @@ def start_local(run: Run, run_dir: Path, resume: str | None) -> int:
         code = preflight_in_child(snapshot, signals)
         if code or signals.received:
             return code or errors.SAVED_AFTER_SIGNAL
-        size, at = num_ranks(run.launch.ranks), until.at if until else None
+        size, ends_at = num_ranks(run.launch.ranks), until.at if until else None
         ended = keep_running(
-            run, run_dir, {host: size}, resume, attempt, signals, at, lambda: {host: size - max(0, gpus - count_gpus())}
+            run,
+            run_dir,
+            {host: size},
+            resume,
+            attempt,
+            signals,
+            ends_at,
+            lambda: {host: size - max(0, gpus - count_gpus())},
         )
     return told_of(ended, run_dir)
 

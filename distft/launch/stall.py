@@ -8,14 +8,16 @@ the lowest rank that still answers speaks.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +37,9 @@ from distft.result import write_failure
 
 STACK_SECONDS = 3.0  # how long ranks get to write their stacks
 LEAVE_SECONDS = 2.0  # after which the neighbours of the rank that spoke are killed; launchers look once a second
+SHARED = Path("/dev/shm")  # where the heartbeats of a host's ranks lie, each start's in a folder of its own
+PREFIX = "distft-"
+YOUNG_SECONDS = 60.0
 TURN_SECONDS = 3.0  # between one rank's chance to speak and the next one's, where no controller does
 
 
@@ -92,13 +97,41 @@ def judged(beats: Sequence[Beat], size: int, patience: Patience) -> str | None:
 @contextmanager
 def watching(run: Run, run_dir: Path, size: int) -> Iterator[tuple[Callable[[], str | None], dict[str, str]]]:
     """For one start of `size` ranks: the look of a controller, and what the ranks' environment needs for it."""
-    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    shared = SHARED if os.access(SHARED, os.W_OK) else None
+    if shared is not None:
+        sweep_out(shared)
     patience = Patience(run.guard.stall_seconds, run.launch.start_timeout)
-    with tempfile.TemporaryDirectory(prefix="distft-", dir=shared) as memory:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=shared) as memory, held(Path(memory)):
         watch = StallWatch(run_dir, size, patience, Path(memory))
         yield watch.look, {FOLDER: memory}
     if watch.said is not None:
         last_word.of_stall(run_dir, watch.said, package_path())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A lock on the folder, which ends with this process however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep_out(shared: Path) -> None:
+    """Delete what controllers that were killed have left over. A process id would not tell: containers share this
+    memory, but not their processes."""
+    for folder in shared.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # somebody else's, or gone by now
+            if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+                continue  # perhaps not locked yet
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def watching_hosts(run: Run, run_dir: Path, size: int) -> Callable[[], str | None]:

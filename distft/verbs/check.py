@@ -19,7 +19,7 @@ from distft.config.check import check as problems_of
 from distft.config.check import settle
 from distft.config.schema import Run
 from distft.config.schema.check import PROOFS, Check, CheckedRun
-from distft.config.words import nearest
+from distft.config.words import unlisted
 from distft.errors import DONE, Mistakes, NegativeVerdict, UserMistake
 from distft.launch.topology import count_gpus, place_of
 from distft.prepared import Prepared
@@ -87,15 +87,7 @@ def main(composed: Composed, source: Path | None, preflight: Preflight) -> int:
 
 def check(asked: Check) -> list[str]:
     """Every problem of the section `check`."""
-    problems = []
-    for name in asked.proofs:
-        if name not in PROOFS:
-            near = nearest(name, PROOFS)
-            problems.append(
-                f"check.proofs: {name} is no proof. "
-                + (f"Did you mean {near}? " if near else "")
-                + f"There are: {', '.join(PROOFS)}."
-            )
+    problems = list(unlisted("check.proofs", asked.proofs, PROOFS, "is no proof"))
     if not asked.proofs:
         problems.append(f"check.proofs=[] proves nothing. There are: {', '.join(PROOFS)}.")
     if not (asked.full == "auto" or isinstance(asked.full, bool)):

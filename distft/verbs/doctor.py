@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distft.config.check import check as problems_of
 from distft.config.ranges import POSITIVE
 from distft.config.schema.doctor import CHECKS, DoctoredRun
-from distft.config.words import nearest
+from distft.config.words import unlisted
 from distft.errors import DONE, NEGATIVE_VERDICT, Mistakes, UserMistake
 from distft.launch.hosts import PORT
 from distft.launch.start import Command, package_path
@@ -47,15 +47,8 @@ def main(composed: Composed, argv: Sequence[str], place: Place | None) -> int:
 
 def check(run: DoctoredRun, place: Place | None) -> list[str]:
     """Every problem of the section `doctor`, and of how it is started."""
-    doctor, problems = run.doctor, []
-    for name in doctor.checks:
-        if name not in CHECKS:
-            near = nearest(name, CHECKS)
-            problems.append(
-                f"doctor.checks: {name} is nothing that is looked at. "
-                + (f"Did you mean {near}? " if near else "")
-                + f"There are: {', '.join(CHECKS)}."
-            )
+    doctor = run.doctor
+    problems = list(unlisted("doctor.checks", doctor.checks, CHECKS, "is nothing that is looked at"))
     if not doctor.checks:
         problems.append(f"doctor.checks=[] looks at nothing. There are: {', '.join(CHECKS)}.")
     for name in ("seconds", "link_seconds", "min_bandwidth"):

@@ -19,7 +19,7 @@ from distft.config.schema import Run
 from distft.heartbeat import PHASES, Beat, Heartbeat, memory_file, read_file
 from distft.launch.blame import Patience, sentence
 from distft.launch.folder import make_folder
-from distft.launch.stall import OwnWatch, Sights, publish, save_stacks
+from distft.launch.stall import OwnWatch, Sights, held, publish, save_stacks, sweep_out
 from distft.pulse import FOLDER, Pulse, forget, publication, published, read_publication, stacks_file, standing_at
 
 NOW = time.mktime((2026, 11, 21, 15, 30, 10, 0, 0, -1))
@@ -338,3 +338,30 @@ def test_without_a_heartbeat_marks_do_nothing(tmp_path: Path) -> None:
     heartbeat.mark("backward", 4)
     assert pulse.heartbeat.step == 3
     assert not stacks_file(tmp_path, 0).exists(), "no empty file is left behind"
+
+
+def test_what_killed_controllers_left_in_memory_goes(tmp_path: Path) -> None:
+    long_ago = time.time() - 3600
+    for name in ("distft-left", "distft-used", "distft-young", "other-left"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-0.beat").write_bytes(bytes(8))
+        if name != "distft-young":
+            os.utime(tmp_path / name, (long_ago, long_ago))
+    holding = (
+        "import sys, time; from pathlib import Path; from distft.launch.stall import held\n"
+        "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", holding, str(tmp_path / "distft-used")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        sweep_out(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["distft-used", "distft-young", "other-left"]
+    finally:
+        holder.kill()
+        holder.wait()
+    with held(tmp_path / "distft-young"):
+        sweep_out(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["distft-young", "other-left"]

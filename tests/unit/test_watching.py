@@ -89,7 +89,7 @@ def test_alerts_are_chosen_by_name() -> None:
     run = Run()
     run.log.alerts = ["stall", "spik"]
     assert [problem for problem in check(run) if "log.alerts" in problem] == [
-        "log.alerts: no alert is called spik. Did you mean spike? There are: stall, spike, end."
+        "log.alerts: spik is no alert. Did you mean spike? There are: stall, spike, end."
     ]
 
 
