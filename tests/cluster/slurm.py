@@ -82,6 +82,14 @@ class Slurm:
         """Jobs that have not ended, as `id state`."""
         return self.ask("squeue", "--noheader", "--format=%A %T").splitlines()
 
+    def left(self, seconds: float = 60) -> list[str]:
+        """The jobs that are still there after so many seconds, if there are any: a job that has answered needs a while
+        to leave."""
+        deadline = time.monotonic() + seconds
+        while (jobs := self.queue()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return jobs
+
     def job(self, number: str) -> dict[str, str]:
         """What scontrol shows of a job: JobState, Restarts, ExitCode, ..."""
         words = self.ask("scontrol", "--oneliner", "show", "job", number).split()

@@ -110,7 +110,7 @@ def test_a_sweep_is_an_array_of_jobs(slurm: Slurm, shop: Shop) -> None:
     sessions = [read(path) for path in sweep.glob("*/wandb/offline-run-*")]
     assert len({session.id for session in sessions}) == 2
     assert {session.group for session in sessions} == {"sweep"}
-    assert slurm.queue() == []
+    assert slurm.left() == []
 
 
 def test_half_an_allocation_is_not_taken_by_mistake(slurm: Slurm, shop: Shop) -> None:
@@ -134,6 +134,7 @@ def test_half_an_allocation_is_not_taken_by_mistake(slurm: Slurm, shop: Shop) ->
     ],
 )
 def test_what_slurm_would_refuse_never_reaches_its_queue(more: list[str], told: str, slurm: Slurm, shop: Shop) -> None:
+    assert slurm.left() == []
     done = start(slurm, *words(shop, "refused", *TWO_NODES, *more))
     assert done.returncode == errors.USER_MISTAKE
     assert done.stderr.startswith(f"distft: {told}"), done.stderr
