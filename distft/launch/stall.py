@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from distft.result import write_failure
 STACK_SECONDS = 3.0  # how long ranks get to write their stacks
 LEAVE_SECONDS = 2.0  # after which the neighbours of the rank that spoke are killed; launchers look once a second
 SHARED = Path("/dev/shm")  # where the heartbeats of a host's ranks lie, each start's in a folder of its own
-PREFIX = "distft-"
+PREFIX = "distft-beats-"
 YOUNG_SECONDS = 60.0
 TURN_SECONDS = 3.0  # between one rank's chance to speak and the next one's, where no controller does
 
@@ -109,29 +108,31 @@ def watching(run: Run, run_dir: Path, size: int) -> Iterator[tuple[Callable[[], 
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A lock on the folder, which ends with this process however that ends."""
+def held(folder: Path, alone: bool = False) -> Iterator[None]:
+    """A lock on the folder, which ends with this process however that ends. `alone`: only where nobody holds it.
+
+    Raises:
+        OSError: somebody does.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
         yield
     finally:
         os.close(descriptor)
 
 
 def sweep_out(shared: Path) -> None:
-    """Delete what controllers that were killed have left over. A process id would not tell: containers share this
-    memory, but not their processes."""
+    """Delete the heartbeats that killed controllers have left over, and nothing that is not one. A process id would not
+    tell who is gone: containers share this memory, but not their processes."""
     for folder in shared.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # somebody else's, or gone by now
+        with suppress(OSError):  # in use, somebody else's, or gone by now
             if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
                 continue  # perhaps not locked yet
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(descriptor)
+            with held(folder, alone=True):
+                for path in folder.glob("rank-*.beat"):
+                    path.unlink()
+                folder.rmdir()  # not where anything else lies in it
 
 
 def watching_hosts(run: Run, run_dir: Path, size: int) -> Callable[[], str | None]:

@@ -342,26 +342,35 @@ def test_without_a_heartbeat_marks_do_nothing(tmp_path: Path) -> None:
 
 def test_what_killed_controllers_left_in_memory_goes(tmp_path: Path) -> None:
     long_ago = time.time() - 3600
-    for name in ("distft-left", "distft-used", "distft-young", "other-left"):
+    mine = tmp_path / "distft-beats-of-mine"
+    for name in ("distft-beats-left", "distft-beats-used", "distft-beats-young", mine.name, "distft-run"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-0.beat").write_bytes(bytes(8))
-        if name != "distft-young":
+        if name == mine.name:
+            (mine / "model.safetensors").write_bytes(bytes(8))
+        if name != "distft-beats-young":
             os.utime(tmp_path / name, (long_ago, long_ago))
     holding = (
         "import sys, time; from pathlib import Path; from distft.launch.stall import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", holding, str(tmp_path / "distft-used")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", holding, str(tmp_path / "distft-beats-used")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         sweep_out(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["distft-used", "distft-young", "other-left"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            mine.name,
+            "distft-beats-used",
+            "distft-beats-young",
+            "distft-run",
+        ]
     finally:
         holder.kill()
         holder.wait()
-    with held(tmp_path / "distft-young"):
+    with held(tmp_path / "distft-beats-young"):
         sweep_out(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["distft-young", "other-left"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "distft-beats-young", "distft-run"]
+    assert (mine / "model.safetensors").exists()
