@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import runpy, sys
 sys.path.insert(0, "benchmarks")
-for name, *words in (("scaling",), ("gpu", "--device", "cpu"), ("engines",)):
+for name, *words in (("scaling",), ("gpu", "--device", "cpu"), ("engines",), ("answers",)):
     sys.argv = [name, "--toy", "--out", f"{sys.argv[-1].rpartition('/')[0]}/{name}.json", *words]
     folder = sys.argv[3]
     try:
@@ -51,6 +51,9 @@ def test_they_run_at_toy_size(tmp_path: Path) -> None:
     for record in records.values():
         assert record["exceeding"] == [] if "exceeding" in record else record["left_out"] == []
         assert record["versions"]["torch"]
+    answers = json.loads((tmp_path / "answers.json").read_text())["rows"]
+    assert [row["answer"] for row in answers] == ["unknown key", "broken rule", "help"]
+    assert all(row["seconds"] > 0.05 for row in answers), "no Python composes a config sooner"
 
 
 def test_growth_beyond_its_bound_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

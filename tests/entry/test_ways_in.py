@@ -217,20 +217,13 @@ def test_a_typo_is_told_once(run: Runner, launcher: list[str], code: int) -> Non
 
 
 @pytest.mark.parametrize("more", [["optim.lrr=1"], ["--help"], ["batch.micro_size=99"]], ids=["typo", "help", "rule"])
-def test_answers_come_within_a_second_and_without_torch(run: Runner, more: list[str]) -> None:
+def test_answers_import_nothing_heavy(run: Runner, more: list[str]) -> None:
+    """What makes them come within a second; the second itself is measured by benchmarks/answers.py."""
     ended = run([sys.executable, "-X", "importtime", TRAIN, *more])
     assert ended.code == (0 if more == ["--help"] else errors.USER_MISTAKE)
     imported = set(re.findall(r"\|\s+(\w+)", ended.err))
     assert "hydra" in imported, "the list of imports is read right"
-    assert imported.isdisjoint({"torch", "transformers", "deepspeed", "peft", "datasets", "wandb"})
-    # Seconds of the processor, so that what else runs on the machine does not count; the best of three.
-    assert min(processor_seconds([*PYTHON, *more]) for _ in range(3)) < 1
-
-
-def processor_seconds(command: list[str]) -> float:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    usage = os.wait4(process.pid, 0)[2]
-    return usage.ru_utime + usage.ru_stime
+    assert imported.isdisjoint({"torch", "transformers", "deepspeed", "peft", "datasets", "wandb", "optuna", "numpy"})
 
 
 def test_verbs_are_listed(run: Runner) -> None:
