@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +28,13 @@ class Started:
 
     process: subprocess.Popen[str]
     folder: Path
+    output: Path | None = None  # a file: a pipe that nobody reads fills up, and then the run waits
 
     def end(self, seconds: float = PATIENCE) -> tuple[int, str]:
         """Wait for the end. Returns the exit code and everything it printed."""
-        text, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, text
+        assert self.output is not None
+        code = self.process.wait(seconds)
+        return code, self.output.read_text(encoding="utf-8", errors="replace")
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, by rank, whoever started them."""
@@ -49,7 +52,7 @@ class Started:
         """Until `what` returns something true; fails with the run's output where the run ends before."""
         deadline = time.monotonic() + seconds
         while not (value := what()):
-            assert self.process.poll() is None, self.end()
+            assert self.process.poll() is None, self.end() if self.output else self.process.communicate()
             assert time.monotonic() < deadline, f"{what} never came true"
             time.sleep(0.02)
         return value
@@ -83,23 +86,25 @@ class Shop:
     def start(self, name: str, *overrides: str, **environment: str) -> Iterator[Started]:
         """`<launcher> train.py …`; whatever is still there when the test leaves is ended."""
         command = [*self.launcher, str(ROOT / "train.py"), *self.words(name, *overrides)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        )
-        started = Started(process, self.folder / name)
-        try:
-            yield started
-        finally:
-            if process.poll() is None:
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                for member in family:
-                    if member.is_running():
-                        member.kill()
-                process.communicate()
+        with tempfile.TemporaryDirectory(prefix="distft-printed-") as folder:
+            output = Path(folder) / "printed.txt"
+            with output.open("wb") as file:
+                process = subprocess.Popen(
+                    command,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                )
+            try:
+                yield Started(process, self.folder / name, output)
+            finally:
+                if process.poll() is None:
+                    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                    for member in family:
+                        if member.is_running():
+                            member.kill()
+                    process.wait()
 
     def run(self, name: str, *overrides: str, **environment: str) -> tuple[int, str]:
         """A run from its start to its end: exit code and output."""

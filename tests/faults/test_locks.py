@@ -199,7 +199,7 @@ def test_two_launches_on_one_folder(tmp_path: Path, num_ranks: int, engine: str)
         assert sorted(path.name for path in first.folder.glob("config*")) == before, "it wrote nothing there"
         assert first.process.poll() is None, "the first is not harmed"
         first.process.kill()
-        first.process.communicate()
+        first.process.wait()
     last = max(record["step"] for record in records(shop.folder / "one"))
     code, text = shop.run("one", *words, f"max_steps={last + 40}")
     assert code == errors.DONE, text

@@ -48,14 +48,15 @@ def newest(folder: Path) -> int:
     return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-" + "[0-9]" * 6)), default=0)
 
 
-def trained(started: Started, known: set[int], step: int) -> list[psutil.Process]:
-    """The ranks of the next start, once they have written a checkpoint past `step`; `known`: pids of those before."""
+def trained(started: Started, known: set[int]) -> list[psutil.Process]:
+    """The ranks of the next start, once they have written a checkpoint; `known`: process ids of those before."""
 
     def ranks() -> list[psutil.Process]:
         found = started.ranks()
         return found if len(found) == 2 and not known & {rank.pid for rank in found} else []
 
     started.wait_for(ranks)
+    step = newest(started.folder)  # those before are gone, also the one that had still published a checkpoint
     started.wait_for(lambda: newest(started.folder) > step)
     found: list[psutil.Process] = started.wait_for(ranks)
     known |= {rank.pid for rank in found}
@@ -78,11 +79,10 @@ def kill_often(shop: Shop, strategy: str, tuning: str, num_kills: int, num_steps
     name, chance, known = f"killed-{strategy}-{tuning}", random.Random(strategy + tuning), set[int]()
     killed: list[tuple[int, float]] = []
     with shop.start(name, *words(strategy, tuning, num_steps, max_restarts=num_kills)) as started:
-        step = 0
         for _ in range(num_kills):
-            ranks = trained(started, known, step)
+            ranks = trained(started, known)
             time.sleep(chance.uniform(0, 0.3))
-            step, victim = newest(started.folder), chance.randrange(2)
+            victim = chance.randrange(2)
             ranks[victim].kill()
             killed.append((victim, time.time()))
         code, text = started.end()
@@ -142,7 +142,7 @@ def eventful(shop: Shop) -> Eventful:
     mark = str(shop.folder / "raised")
     fault = plant(shop.folder / "fault", RAISES_ONCE.format(mark=mark, at=RAISES_AT), "distft.loop")
     with shop.start(name, *words("fsdp", "full", NUM_STEPS, max_restarts=2), **fault) as started:
-        trained(started, pids, 0)[0].kill()
+        trained(started, pids)[0].kill()
         started.wait_for_step(RAISES_AT + 10)
         ranks = started.ranks()
         pids |= {rank.pid for rank in ranks}

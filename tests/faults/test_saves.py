@@ -74,18 +74,19 @@ def kill_and_go_on(shop: Shop, knobs: list[str], point: str, save: int = 2) -> N
     assert_goes_on(shop.folder / name, point, text, whole, killed_at)
 
 
-@pytest.mark.trial(KILLED)
-@pytest.mark.parametrize("point", ["half a shard", "before latest"])
-def test_killed_inside_a_save(shop: Shop, point: str) -> None:
-    kill_and_go_on(shop, ["strategy=fsdp"], point)
+SHORT = {("strategy=fsdp", "half a shard"), ("strategy=fsdp", "before latest")}
+CASES = [
+    pytest.param(
+        knobs, point, id=f"{'-'.join(knobs)}-{point}",
+        marks=[] if ("-".join(knobs), point) in SHORT else pytest.mark.thorough,
+    )
+    for knobs in (["strategy=fsdp"], ["strategy=zero2"], ["strategy=zero3"], ["strategy=fsdp", "tuning=lora"])
+    for point in POINTS
+]  # fmt: skip
 
 
-@pytest.mark.thorough
 @pytest.mark.trial(KILLED)
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize(
-    "knobs", [["strategy=fsdp"], ["strategy=zero2"], ["strategy=zero3"], ["strategy=fsdp", "tuning=lora"]], ids="-".join
-)
+@pytest.mark.parametrize(("knobs", "point"), CASES)
 def test_killed_at_each_point_of_a_save(shop: Shop, knobs: list[str], point: str) -> None:
     kill_and_go_on(shop, knobs, point, save=1 if point == "while an old one goes" else 2)
 
