@@ -24,6 +24,7 @@ from distft.model.miniature import experts_of, miniature
 from distft.objective.trainee import Trainee
 from distft.prepared import Prepared
 from distft.proofs import invariance, packing, resume, small
+from distft.proofs.trial import Trial
 from distft.verbs import check as verb
 from tests.small_run import SMALL, write_rows
 
@@ -185,6 +186,36 @@ def test_what_is_apart(step: int, name: str, factor: float, difference: float) -
     assert invariance.apart(RECORDS, RECORDS)[0] == 0
     assert invariance.apart(RECORDS, RECORDS[:2])[0] == invariance.apart([], [])[0] == float("inf")
     assert invariance.apart(RECORDS, [{**record, "loss": "NaN"} for record in RECORDS])[0] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("precision", "step", "factor", "passed", "told"),
+    [
+        ("fp32", 2, 1 + 3e-6, True, "3.0e-06 apart in 3 steps (bound 1e-05). pass"),
+        ("fp32", 2, 1 + 3e-5, False, "3.0e-05 apart (2x2x2: grad_norm of step 3: 1.5 and 1.50005) (bound 1e-05). FAIL"),
+        ("bf16", 0, 1 + 1e-4, True, "1.0e-04 apart in the first step (bound 0.001). pass"),
+        ("bf16", 0, 1 + 4e-3, False, "4.0e-03 apart (2x2x2: grad_norm of step 1: 0.5 and 0.502) (bound 0.001). FAIL"),
+        ("bf16", 2, 1 + 3e-2, True, "3.0e-02 apart in the steps behind it (bound 0.1). pass"),
+        ("bf16", 2, 1.3, False, "3.0e-01 apart (2x2x2: grad_norm of step 3: 1.5 and 1.95) (bound 0.1). FAIL"),
+        ("bf16", 1, float("nan"), False, "FAIL"),
+    ],
+)
+def test_bf16_is_held_to_more_before_the_first_update(
+    tmp_path: Path, precision: str, step: int, factor: float, passed: bool, told: str
+) -> None:
+    """A mean of means is 4e-3 away in the first step, and rounding alone 3e-2 after a few updates (tiny models)."""
+    other = copy.deepcopy(RECORDS)
+    other[step]["grad_norm"] *= factor
+    run = compose([*SMALL, "launch.ranks=2", "batch.micro_size=2", "batch.global_size=8"]).run
+    trials = []
+    for name, records in (("one", RECORDS), ("other", other)):
+        trials.append(Trial(tmp_path / name, run))
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({**record, "split": "train"}) for record in records]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    outcome = invariance.prove(trials, {"one": "", "other": ""}, precision)
+    assert outcome.passed == passed
+    assert outcome.line().endswith(told)
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
