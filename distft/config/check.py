@@ -128,7 +128,7 @@ def model(run: Run) -> Iterator[str]:
         yield from ignored(run, shape, "with model=hf")
     elif run.model.name == "tiny":
         for name in ("path", "revision", "trust_remote_code"):
-            yield from ignored(run, [f"model.{name}"], "with model=tiny (model=hf reads a model)")
+            yield from ignored(run, [f"model.{name}"], "with model=tiny", "Add model=hf to read a model")
         tiny = run.model.tiny
         if tiny.num_heads > 0 and tiny.hidden_size % (2 * tiny.num_heads):
             yield (
@@ -165,7 +165,7 @@ def compiling(run: Run) -> Iterator[str]:
 def tuning(run: Run) -> Iterator[str]:
     if run.tuning.method == "full":
         names = [name for name in all_knobs() if name.startswith("tuning.") and name != "tuning.method"]
-        yield from ignored(run, names, "with tuning=full (tuning=lora trains adapters)")
+        yield from ignored(run, names, "with tuning=full", "Add tuning=lora to train adapters")
     target = run.tuning.target
     if not (isinstance(target, str) and target) and not (
         isinstance(target, list) and target and all(isinstance(part, str) for part in target)
@@ -273,7 +273,7 @@ def guard(run: Run) -> Iterator[str]:
     spike, window = run.guard.spike, run.guard.spike_window
     if spike == "none":
         names = ["guard.spike_score", "guard.spike_window"]
-        yield from ignored(run, names, "with guard.spike=none (warn, skip and rollback look for spikes)")
+        yield from ignored(run, names, "with guard.spike=none", "Set guard.spike=warn, skip or rollback")
     elif run.max_steps is not None and run.max_steps <= window:
         yield (
             f"guard.spike={spike} would judge no step: guard.spike_window={window} is as long as the run (max_steps="

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, OverrideType, RangeSweep, ValueType
 from hydra.errors import HydraException
 
+from distft.config.other_words import meant
 from distft.config.words import nearest
 from distft.errors import Mistakes, UserMistake
 
@@ -28,17 +29,24 @@ REFUSED_FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
+    knob_names: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
         flags = [option for action in self._actions for option in action.option_strings]
-        words = re.findall(r"--?[\w-]+", message)
-        near = next((found for word in words if word not in flags and (found := nearest(word, flags))), None)
+        unknown = [word for word in re.findall(r"--?[\w.-]+", message) if word not in flags]
+        near = next((found for word in unknown if (found := nearest(word, flags))), None)
+        knob = next((found for word in unknown if len(word) > 2 and (found := meant(word, self.knob_names))), None)
+        if knob is not None and (near is None or len(near) == 2):
+            raise UserMistake(f"The command line cannot be read: {message}. Knobs have no dashes: write {knob}=…")
         raise UserMistake(f"The command line cannot be read: {message}." + (f" Did you mean {near}?" if near else ""))
 
 
-def flag_parser() -> argparse.ArgumentParser:
+def flag_parser(knob_names: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Hydra's own flags, so that nothing of Hydra's is missing, under our way of refusing."""
     theirs = get_args_parser()
-    return Parser(add_help=False, parents=[theirs], conflict_handler="resolve")
+    parser = Parser(add_help=False, parents=[theirs], conflict_handler="resolve")
+    parser.knob_names = knob_names
+    return parser
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def read(argv: Sequence[str], primary: str, knob_names: Sequence[str]) -> Comman
     Raises:
         UserMistake, Mistakes: a flag that is refused or unknown, or an override that cannot be read.
     """
-    flags = flag_parser().parse_intermixed_args(list(argv))
+    flags = flag_parser(knob_names).parse_intermixed_args(list(argv))
     for name, reason in REFUSED_FLAGS.items():
         if getattr(flags, name) is not None:
             raise UserMistake(reason)
@@ -122,7 +130,7 @@ def parse_overrides(overrides: Sequence[str], knob_names: Sequence[str]) -> list
 
 def unreadable(text: str, error: Exception, knob_names: Sequence[str]) -> str:
     if "=" not in text and not text.startswith("~"):
-        near = nearest(text, knob_names)
+        near = meant(text, knob_names)
         return f"`{text}` is not key=value." + (f" Did you mean {near}=…?" if near else "")
     reason = str(error).splitlines()[0]
     return f"`{text}` cannot be read ({reason}). Quote values with special characters: \"key='a value'\"."

@@ -10,8 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distft.config.other_words import meant
 from distft.config.schema import Source
-from distft.config.words import Knob, default_of, is_section, knobs, nearest, sections, wanted
+from distft.config.words import Knob, default_of, is_section, knobs, sections, wanted
 
 
 def problems_of(cfg: DictConfig, schema: type) -> list[str]:
@@ -28,7 +29,7 @@ def section_problems(values: dict[Any, Any], section: type, prefix: str, names: 
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            near = nearest(name, names)
+            near = meant(name, names)
             beneath = [known for known in names if known.startswith(prefix) and known.count(".") == prefix.count(".")]
             yield f"Unknown key {name}." + (f" Did you mean {near}?" if near else f" There are: {', '.join(beneath)}.")
         elif is_section(hints[key]):

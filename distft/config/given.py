@@ -34,10 +34,12 @@ def is_default(run: Run, name: str) -> bool:
     return bool(value_of(run, name) == all_knobs()[name].default)
 
 
-def ignored(run: Run, names: list[str], why: str) -> Iterator[str]:
-    """A problem for each of these knobs that was given although nothing will read it."""
+def ignored(run: Run, names: list[str], why: str, instead: str = "") -> Iterator[str]:
+    """A problem for each of these knobs that was given although nothing will read it. `instead`: what would have it
+    read."""
     for name in names:
         if not is_default(run, name):
             default = all_knobs()[name].default
             shown = "its default" if default in (None, [], {}) else f"{name}={default}, its default"
-            yield f"{name}={value_of(run, name)} has no effect {why}. Leave it at {shown}."
+            leave = f"{instead}, or leave" if instead else "Leave"
+            yield f"{name}={value_of(run, name)} has no effect {why}. {leave} it at {shown}."

@@ -288,12 +288,21 @@ def group_problems(line: CommandLine, groups: dict[str, list[str]]) -> list[str]
                 if word is None or str(word) in options:
                     continue
                 near = nearest(str(word), options)
-                problems.append(
-                    f"{group}={word}: no such choice. "
-                    + (f"Did you mean {group}={near}? " if near else "")
-                    + f"Choices: {', '.join(options)}."
-                )
+                own = named(group, str(word), options)
+                if near and not (own and ("/" in str(word) or "." in str(word))):
+                    meant = f" Did you mean {group}={near}?"
+                else:
+                    meant = f" One of your own: {own}." if own else ""
+                problems.append(f"{group}={word}: no such choice.{meant} Choices: {', '.join(options)}.")
     return problems
+
+
+def named(group: str, word: str, options: list[str]) -> str | None:
+    """How a model or data that is no choice of its group is named."""
+    if group == "data":
+        ending = Path(word).suffix.lstrip(".").replace("txt", "text")
+        return f"data={ending if ending in options else 'hub'} data.path={word}"
+    return f"model=hf model.path={word}" if group == "model" else None
 
 
 def sweep_problems(line: CommandLine, names: dict[str, Knob]) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from distft.config.load import compose, computed, conf_dir, config_hash, read_snapshot, whole_hash, write_snapshot
+from distft.config.other_words import BY_KNOB, HERE
 from distft.config.schema import Run
-from distft.config.words import knobs, nearest
+from distft.config.words import knobs, nearest, sections
 from distft.errors import Mistakes, UserMistake
 
 
@@ -95,6 +96,36 @@ def test_unknown_keys_come_together_with_the_nearest_name() -> None:
     for word in ("optim.lr?", "model?", "data.sources[].weight?", "log.every?"):
         assert f"Did you mean {word}" in text
     assert "+" not in text, "Hydra's advice to add unknown keys"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["learning_rate=1e-4"], "Unknown key learning_rate. Did you mean optim.lr?"),
+        (["bf16=true"], "Unknown key bf16. Did you mean precision?"),
+        (["tuning=lora", "tuning.r=8"], "Unknown key tuning.r. Did you mean tuning.lora_rank?"),
+        (["lora_alpha=8"], "Unknown key lora_alpha. Did you mean tuning.lora_alpha?"),
+        (["output_dir"], "`output_dir` is not key=value. Did you mean run.dir=…?"),
+        (["--learning-rate", "1e-4"], "--learning-rate. Knobs have no dashes: write optim.lr=…"),
+        (["--lr=1e-4"], "--lr=1e-4. Knobs have no dashes: write optim.lr=…"),
+        (["--confg-name=config"], "--confg-name=config. Did you mean --config-name?"),
+        (["model=meta/llama"], "One of your own: model=hf model.path=meta/llama. Choices: hf, tiny."),
+        (["data=rows.csv"], "One of your own: data=csv data.path=rows.csv. Choices:"),
+        (["data=tatsu-lab/alpaca"], "One of your own: data=hub data.path=tatsu-lab/alpaca. Choices:"),
+    ],
+)
+def test_words_of_other_trainers_are_understood(words: list[str], told: str) -> None:
+    found = problems(*words)
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_what_other_trainers_words_mean_is_there() -> None:
+    names = {knob.name for knob in knobs(Run)}
+    assert set(BY_KNOB) <= names | {*sections(Run)}
+    assert len(HERE) == sum(len(words.split()) for words in BY_KNOB.values()), "no word means two things"
+    ends = {name.rpartition(".")[2] for name in names}
+    assert ends.isdisjoint(HERE), "words that distft has itself need no entry"
 
 
 @pytest.mark.parametrize("word", ["+optim.lrr=1", "++optim.lrr=1", "optim.lrr=1"])
