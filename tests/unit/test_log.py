@@ -308,7 +308,7 @@ def test_wandb_that_never_answers_stops_nothing(tmp_path: Path) -> None:
     server.close()
     assert held, "W&B never tried"
     assert "W&B could not be reached" in printed
-    assert float(re.findall(r"slowest (\S+)", printed)[0]) < 0.5
+    assert float(re.findall(r"slowest (\S+)", printed)[0]) < 1.5, "no call waits: that would take 2 s and more"
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert [row["step"] for row in read(folder).history if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
     assert_no_secret(tmp_path)

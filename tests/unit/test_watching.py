@@ -157,7 +157,7 @@ def test_a_server_is_sent_all_of_it(tmp_path: Path) -> None:
 def unharmed(folder: Path, printed: str) -> None:
     """The run went through all of its steps without waiting, and nothing of it is lost."""
     assert [record["step"] for record in records(folder / "metrics.jsonl") if record["split"] == "train"] == [*CURVE]
-    assert float(re.findall(r"slowest (\S+)", printed)[0]) < 0.5
+    assert float(re.findall(r"slowest (\S+)", printed)[0]) < 1.5, "no call waits: that would take 2 s and more"
     assert_no_secret(folder)
 
 
