@@ -31,9 +31,9 @@ ALL_TESTS := --numprocesses logical --maxprocesses 4 --dist loadscope --no-loads
 test: .venv/.dev
 	@python -m pytest $(or $(ARGS),$(ALL_TESTS))
 
-# Every fault trial in its long form, one after another, and the table of docs/reliability.md.
+# Every fault trial in its long form, one after another (or those of the files in ARGS), and the table of their results.
 faults: .venv/.dev
-	@python -m pytest tests/faults --all-faults --table docs/reliability.md $(ARGS)
+	@python -m pytest --all-faults --table docs/reliability.md $(or $(ARGS),tests/faults)
 
 lint: .venv/.dev
 	@ruff check .

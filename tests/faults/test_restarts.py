@@ -105,7 +105,7 @@ def kill_often(shop: Shop, strategy: str, tuning: str, num_kills: int, num_steps
     ("strategy", "tuning"), [("fsdp", "full"), ("zero2", "full"), ("zero3", "full"), ("fsdp", "lora")]
 )
 def test_killed_twenty_times(shop: Shop, strategy: str, tuning: str) -> None:
-    kill_often(shop, strategy, tuning, num_kills=20, num_steps=1000)
+    kill_often(shop, strategy, tuning, num_kills=20, num_steps=400)
 
 
 RAISES_ONCE = """
