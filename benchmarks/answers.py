@@ -7,13 +7,11 @@ The bar is a second. Exit code 1 where the median of an answer takes longer.
 
 from __future__ import annotations
 
-import resource
-import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 
-from measure import ROOT, Seconds, arguments_of, table, write_record
+from measure import ROOT, arguments_of, interleaved, table, write_record
 
 COMMANDS = {
     "unknown key": ["optim.lrr=1"],
@@ -23,37 +21,21 @@ COMMANDS = {
 BAR = 1.0  # s
 
 
-def answered(words: list[str]) -> Seconds:
+def answer(words: list[str]) -> None:
     """One process, from its start to its end."""
-    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ended = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == (0 if words == ["--help"] else 2), ended.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Seconds(time.perf_counter() - wall, busy)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
-    repeats = 1 if arguments.toy else arguments.repeats
-    taken: dict[str, list[Seconds]] = {name: [] for name in COMMANDS}
-    for number in range(1 + repeats):  # the first compiles what was never imported before
-        for name, words in COMMANDS.items():
-            seconds = answered(words)
-            if number:
-                taken[name].append(seconds)
-    rows = [
-        {
-            "answer": name,
-            "seconds": round(statistics.median(one.wall for one in several), 2),
-            "of the processor": round(statistics.median(one.busy for one in several), 2),
-        }
-        for name, several in taken.items()
-    ]
+    calls = {name: partial(answer, words) for name, words in COMMANDS.items()}
+    taken = interleaved(calls, 1 if arguments.toy else arguments.repeats)
+    rows = [{"answer": name, "seconds": round(seconds.wall, 2)} for name, seconds in taken.items()]
     print(table(rows))
-    write_record(arguments.out, repeats=repeats, bar=BAR, rows=rows)
+    write_record(arguments.out, bar=BAR, rows=rows)
     if not arguments.toy and any(row["seconds"] >= BAR for row in rows):
         sys.exit(1)
 

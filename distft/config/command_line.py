@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         unknown = [word for word in re.findall(r"--?[\w.-]+", message) if word not in flags]
         near = next((found for word in unknown if (found := nearest(word, flags))), None)
         knob = next((found for word in unknown if len(word) > 2 and (found := meant(word, self.knob_names))), None)
-        if knob is not None and (near is None or len(near) == 2):
+        if knob is not None and (near is None or len(near) == 2):  # -r is near to --lr, and not meant
             raise UserMistake(f"The command line cannot be read: {message}. Knobs have no dashes: write {knob}=…")
         raise UserMistake(f"The command line cannot be read: {message}." + (f" Did you mean {near}?" if near else ""))
 

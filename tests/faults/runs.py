@@ -28,13 +28,16 @@ class Started:
 
     process: subprocess.Popen[str]
     folder: Path
-    output: Path | None = None  # a file: a pipe that nobody reads fills up, and then the run waits
+    output: Path | None = None  # not a pipe: one that nobody reads fills up, and then the run waits
 
     def end(self, seconds: float = PATIENCE) -> tuple[int, str]:
         """Wait for the end. Returns the exit code and everything it printed."""
-        assert self.output is not None
-        code = self.process.wait(seconds)
-        return code, self.output.read_text(encoding="utf-8", errors="replace")
+        if self.output is None:
+            text, _ = self.process.communicate(timeout=seconds)
+        else:
+            self.process.wait(seconds)
+            text = self.output.read_text(encoding="utf-8", errors="replace")
+        return self.process.returncode, text
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, by rank, whoever started them."""
@@ -52,7 +55,7 @@ class Started:
         """Until `what` returns something true; fails with the run's output where the run ends before."""
         deadline = time.monotonic() + seconds
         while not (value := what()):
-            assert self.process.poll() is None, self.end() if self.output else self.process.communicate()
+            assert self.process.poll() is None, self.end()
             assert time.monotonic() < deadline, f"{what} never came true"
             time.sleep(0.02)
         return value
