@@ -11,7 +11,7 @@ import subprocess
 import sys
 from functools import partial
 
-from measure import ROOT, arguments_of, interleaved, table, write_record
+from timing import ROOT, arguments_of, interleaved, table, write_record
 
 COMMANDS = {
     "unknown key": ["optim.lrr=1"],

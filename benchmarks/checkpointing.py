@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Size, arguments_of, lay_out, run_of, table, write_record
+from measure import Size, lay_out, run_of
+from timing import arguments_of, table, write_record
 
 from distft.checkpoint.behind import WriteBehind
 from distft.checkpoint.state import TrainState

@@ -17,19 +17,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import (
-    SIZES,
-    arguments_of,
-    interleaved,
-    lay_out,
-    long_tailed,
-    packed,
-    run_of,
-    step_of,
-    table,
-    take_step,
-    write_record,
-)
+from measure import SIZES, lay_out, long_tailed, packed, run_of, step_of, take_step
+from timing import arguments_of, interleaved, table, write_record
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

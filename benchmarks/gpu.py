@@ -18,22 +18,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import (
-    MEDIAN_LENGTH,
-    SIZES,
-    Laid,
-    Size,
-    arguments_of,
-    clocked,
-    lay_out,
-    long_tailed,
-    packed,
-    run_of,
-    step_of,
-    table,
-    take_step,
-    write_record,
-)
+from measure import MEDIAN_LENGTH, SIZES, Laid, Size, lay_out, long_tailed, packed, run_of, step_of, take_step
+from timing import arguments_of, clocked, table, write_record
 
 from distft.model.head_trial import Shape, timed, trial
 from distft.model.loss import Tail

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import xxhash
-from measure import arguments_of, run_of, table, write_record
+from measure import run_of
+from timing import arguments_of, table, write_record
 
 from distft import heartbeat
 from distft.checkpoint.state import TrainState

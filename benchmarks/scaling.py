@@ -23,19 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    SIZES,
-    Size,
-    arguments_of,
-    clocked,
-    lay_out,
-    packed,
-    run_of,
-    step_of,
-    table,
-    take_step,
-    write_record,
-)
+from measure import SIZES, Size, lay_out, packed, run_of, step_of, take_step
+from timing import arguments_of, clocked, table, write_record
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from measure import ROOT, Seconds, arguments_of, interleaved, table, write_record
 from rows import make
+from timing import ROOT, Seconds, arguments_of, interleaved, table, write_record
 
 RATE_BAR, MEMORY_BAR = 0.8, 1.2
 CHUNK = 1000  # texts in one call of the bare tokenizer

@@ -17,9 +17,12 @@ def settings(run: Run, world: World, bf16: bool, num_trained: int) -> dict[str, 
     """DeepSpeed's configuration: the user's `strategy.deepspeed` section with ours on top."""
     name, cuda = run.strategy.name, world.device.type == "cuda"
     stage = STAGES[name]
+    # With nobody to send to, a bucket would only copy gradients: larger than any bucket, each stays where it is.
+    alone = world.size == 1 and stage < 3
     zero: dict[str, Any] = {
-        "overlap_comm": cuda and stage >= 2,
-        "reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_trained)),
+        "overlap_comm": cuda and stage >= 2 and not alone,
+        "reduce_bucket_size": 1 if alone else max(1, min(LARGEST_BUCKET, num_trained)),
+        "contiguous_gradients": not alone,
     }
     if name == "zero3_offload":
         host = {"device": "cpu", "pin_memory": cuda}
