@@ -193,8 +193,9 @@ def shard(
     for group in groups:
         # The gradient contract wants sums. FSDP2 averages by default; this is the one place that takes it back. Only
         # sums: a divisor alone asks for a pre-multiplied reduction, which gloo lacks.
-        group.set_force_sum_reduction_for_comms(True)
-        group.set_gradient_divide_factor(1.0)
+        if mesh.size() > 1:  # alone there is nothing to take back, and FSDP2 would divide by this 1.0
+            group.set_force_sum_reduction_for_comms(True)
+            group.set_gradient_divide_factor(1.0)
         if options.communication == "bf16":
             group.set_custom_reduce_scatter(ReduceScatterInBf16())
     for group in sharded_among([embedding]):
