@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-PADDED_ROWS = 12  # rows of a step in a padded layout: about 2,048 real tokens
+PADDED_ROWS = 12  # the others' rows of a step in a padded layout: about 2,048 real tokens, as in our two bins
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ PACKED = {
     "Trainer": ("grouped, 3 a pass", "grouped", "padded"),
 }
 PADDED = {
-    "distft": ("padded", "padded, 3 a pass"),
+    "distft": ("padded, 1,024 a pass", "padded, 512 a pass", "padded"),
     "TRL": ("grouped", "padded"),
     "LLaMA-Factory": ("padded",),
     "Trainer": ("grouped", "grouped, 3 a pass", "padded"),

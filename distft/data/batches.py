@@ -166,8 +166,13 @@ class Plan:
         return passes, tuple(parts)
 
     def _split(self, documents: list[Place]) -> list[list[Place]]:
-        """Documents in their order, so many together as `batch.pass_tokens` allows; padding counts."""
+        """So many documents together as `batch.pass_tokens` allows; padding counts.
+
+        In their order, or, one document a row, the longest first: rows of like length have little padding.
+        """
         assert self.batch.pass_tokens is not None
+        if not self.packed:
+            documents = sorted(documents, key=lambda place: -int(self.sources[place[0]].lengths[place[1]]))
         passes: list[list[Place]] = []
         longest = tokens = 0
         for source, row in documents:

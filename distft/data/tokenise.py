@@ -154,7 +154,8 @@ def first_documents(spec: SourceSpec) -> list[Document]:
 def encoded_blocks(spec: SourceSpec, encoder: Encoder, num_workers: int) -> Iterator[EncodedBlock]:
     """The blocks of a source, encoded, in order; by several processes where `num_workers` > 1.
 
-    At most a few blocks a worker are held at a time, so that memory stays bounded whatever the source's size.
+    This process encodes the first few itself, until one of the others is up. At most a few blocks a worker are held at
+    a time, so that memory stays bounded whatever the source's size.
     """
     bare = dataclasses.replace(spec)  # without the table or the ids that this process may have read
     if num_workers == 1:
@@ -168,7 +169,11 @@ def encoded_blocks(spec: SourceSpec, encoder: Encoder, num_workers: int) -> Iter
     with ProcessPoolExecutor(num_workers, context, start_worker, (bare, encoder)) as pool:
         waiting: deque[Future[EncodedBlock]] = deque()
         try:
-            for block in spec.blocks():
+            starting = [pool.submit(os.getpid) for _ in range(num_workers)]
+            for number, block in enumerate(spec.blocks()):
+                if number < 2 * num_workers and not any(future.done() for future in starting):
+                    yield encode_block(block, spec, encoder)
+                    continue
                 waiting.append(pool.submit(work, block))
                 if len(waiting) > 2 * num_workers:
                     yield waiting.popleft().result()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distft.config.schema import Run, Source
-from distft.data import tokenise
+from distft.data import formats, tokenise
 from distft.data.cache import TOKENS, EncodedSource, PreparedData, TokenFile, held_out_rows, open_prepared
 from distft.data.encode import prepare, settle_template, tokenised
 from distft.data.encoder import NO_STOP, NONE_TRAINED, TOO_LONG, Encoded, Fast, Result
@@ -378,6 +378,7 @@ def test_prepared_data_is_what_the_encoder_makes(tmp_path: Path) -> None:
 
 def test_several_processes_make_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenise, "SMALL", 0)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 1 << 12)  # many, so that not all are made before processes have started
     rows: list[Any] = [*questions(1500), b"broken", *questions(1400)]
     one = prepared(a_source(tmp_path, rows), byte_level(), tmp_path)
     rejected = (tmp_path / "rejected.jsonl").read_text()

@@ -52,7 +52,8 @@ class Batch:
 
     pass_tokens: int | None = None
     """Most tokens in one forward pass, padding counted: a micro-batch of more is taken in several passes, cut between
-    documents. Same loss, less memory for activations. Not set: a micro-batch is one pass."""
+    documents. Same loss, less memory for activations. One document a row: rows of like length go together, so that
+    little is padded. Not set: a micro-batch is one pass."""
 
 
 @dataclass
