@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from typing import Any
 import peers_environments
 from adapters import Work
 from peers_cases import BARS, LEAN, PADDED_ROWS, Case, cells, toy
-from peers_figures import CLOSE, Entry, bar_lines, cell_ratio, operation_lines, pairs, table
+from peers_figures import CLOSE, Entry, bar_lines, cell_ratio, operation_lines, pairs, table, uneven
 from peers_measure import Measured, run, settings_of
 
 HERE = Path(__file__).resolve().parent
@@ -133,6 +134,7 @@ def measure(cases: Sequence[Case], given: argparse.Namespace, repeats: int, step
         for program in dict.fromkeys(program for _, _, program, _ in plan):
             peers_environments.make(program, given.environments, given.torch_index)
     runs: dict[tuple[str, str, str], list[Measured]] = {(case.name, *entrant): [] for case, _, *entrant in plan}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
     try:
         for repeat in range(0 if repeats > 1 else 1, repeats + 1):
             for case, data, program, setting in plan:
@@ -245,6 +247,7 @@ def main() -> None:
             for case in cases
         },
         "ratios": {case.name: cell_ratio(case.name, entries) for case in cases},
+        "uneven": uneven(entries),
         "bars": bars[1:],
         "operations": [dict(zip(operations[0], line, strict=True)) for line in operations[1:]],
         "entries": [entry.told() for entry in entries],
@@ -257,6 +260,8 @@ def main() -> None:
         show("bars", bars)
     if len(operations) > 1:
         show("counted operations: matrix products and attention, forward and backward", operations)
+    for line in uneven(entries):
+        print(line)
     print(f"Everything measured is in {out}; {report['seconds']} s.")
 
 

@@ -80,6 +80,20 @@ def cell_ratio(case: str, entries: Sequence[Entry]) -> float | None:
     return ours[0].median("supervised_per_second") / rival.median("supervised_per_second")
 
 
+ALIKE = 1.25  # times the tokens that the program with fewest takes a step, in the same cell
+
+
+def uneven(entries: Sequence[Entry]) -> list[str]:
+    """What must not be compared: programs of one cell whose steps are not about as large."""
+    told = []
+    for case in dict.fromkeys(entry.case for entry in entries):
+        here = sorted((e for e in entries if e.case == case), key=lambda entry: entry.median("tokens_per_step"))
+        if here[-1].median("tokens_per_step") > ALIKE * here[0].median("tokens_per_step"):
+            sizes = ", ".join(f"{e.program} ({e.setting}) {e.median('tokens_per_step'):,.0f}" for e in here)
+            told.append(f"{case} compares unlike work, tokens a step: {sizes}")
+    return told
+
+
 CLOSE = 1.1  # a cell under this ratio is explained by what both have to compute
 
 

@@ -86,6 +86,14 @@ def test_what_is_counted_are_products_and_attention() -> None:
     assert adapted.total == 2 * 10 * (2 * 8 * 6 + 3 * 8 * 2 + 3 * 2 * 6)  # the frozen weight has no gradient
 
 
+def test_steps_of_another_size_are_told() -> None:
+    alike = [entry("distft", 50.0, 60), entry("TRL", 41.0, 100)]
+    assert peers_figures.uneven(alike) == []
+    (told,) = peers_figures.uneven([*alike, entry("Trainer", 300.0, 80)])
+    assert told.startswith("cell compares unlike work")
+    assert told.endswith("TRL (packed) 82, distft (packed) 100, Trainer (packed) 600")
+
+
 def test_close_cells_are_told_with_their_operations() -> None:
     entries = [entry("distft", 40.0, 60), entry("TRL", 20.0, 100), entry("Trainer", 38.0, 80)]
     [(ours, rival)] = peers_figures.pairs(entries, peers_figures.CLOSE)
