@@ -26,6 +26,7 @@ import torch
 from measure import SIZES, Size, lay_out, packed, run_of, step_of, take_step
 from timing import arguments_of, clocked, table, write_record
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -94,7 +95,8 @@ def operations_of(function: Any, arguments: Any, options: Any, made: Any) -> int
 def costs_of(take: Callable[[], Any], weights: list[Tensor], vocabulary: int, repeats: int) -> Costs:
     """The costs of `take`, one step, which is called several times."""
     take()  # optimizer state is made in the first
-    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    known = {part.untyped_storage().data_ptr() for part in parts}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
@@ -181,6 +183,8 @@ def by_ranks(counts: tuple[int, ...], strategy: str, size: Size, tokens: int, re
                 process.start()
             for process in processes:
                 process.join()
+            if any(process.exitcode for process in processes):
+                raise SystemExit(f"a rank of {num_ranks} under {strategy} failed")
             yield Costs(**torch.load(Path(folder) / "costs"))
 
 
