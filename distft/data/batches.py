@@ -168,14 +168,16 @@ class Plan:
     def _split(self, documents: list[Place]) -> list[list[Place]]:
         """So many documents together as `batch.pass_tokens` allows; padding counts.
 
-        In their order, or, one document a row, the longest first: rows of like length have little padding.
+        In their order, or, one document a row, the longest first: rows of like length have little padding. Where one
+        pass holds them all, nothing changes.
         """
         assert self.batch.pass_tokens is not None
+        ordered = documents
         if not self.packed:
-            documents = sorted(documents, key=lambda place: -int(self.sources[place[0]].lengths[place[1]]))
+            ordered = sorted(documents, key=lambda place: -int(self.sources[place[0]].lengths[place[1]]))
         passes: list[list[Place]] = []
         longest = tokens = 0
-        for source, row in documents:
+        for source, row in ordered:
             length = int(self.sources[source].lengths[row])
             longest = max(longest, length)
             tokens = tokens + length if self.packed else longest * (len(passes[-1]) + 1 if passes else 1)
@@ -183,7 +185,7 @@ class Plan:
                 passes.append([])
                 longest = tokens = length
             passes[-1].append((source, row))
-        return passes
+        return passes if len(passes) != 1 else [documents]
 
     def _batch(self, documents: list[Place]) -> Batch:
         """Lay documents out; none at all where this rank has no bin left."""
