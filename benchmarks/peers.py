@@ -50,6 +50,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--programs", help="only these, by commas; default: all four")
     parser.add_argument("--every-setting", action="store_true", help="all settings of each program, not its best alone")
+    parser.add_argument(
+        "--choose",
+        default="",
+        help="programs, by commas, of which the untimed run tries all settings in every cell"
+        " and the fastest there is measured, in place of the first",
+    )
     parser.add_argument("--count", action="store_true", help="count the operations of distft and the fastest other")
     parser.add_argument("--repeats", type=int, help="runs of each; default: 5, for --table and --toy 1")
     parser.add_argument("--steps", type=int, help="steps of a run, half of them warm-up; default: 12, for --table 6")
@@ -117,23 +123,29 @@ def entrants(case: Case, given: argparse.Namespace) -> list[tuple[str, str]]:
     unknown = [name for name in only if name not in case.entrants]
     if unknown:
         raise SystemExit(f"--programs: unknown {', '.join(unknown)}; known: {', '.join(case.entrants)}")
-    weighed = not given.table and any(bar.case == case.name and bar.measure == "memory" for bar in BARS)
+    weighed = not given.table and any(bar.case == case.name for bar in BARS)
     return [
         (program, setting)
         for program, settings in case.entrants.items()
         if program in only
         for setting in settings
-        if given.every_setting or setting == settings[0] or (weighed and setting == LEAN.get(program))
+        if given.every_setting
+        or program in given.choose.split(",")
+        or setting == settings[0]
+        or (weighed and setting == LEAN.get(program))
     ]
 
 
-def measure(cases: Sequence[Case], given: argparse.Namespace, repeats: int, steps: int) -> list[Entry]:
-    """All runs, in turn: repeats outermost, then cells, then programs."""
+def measure(
+    cases: Sequence[Case], given: argparse.Namespace, repeats: int, steps: int
+) -> tuple[list[Entry], list[dict[str, Any]]]:
+    """All runs, in turn: repeats outermost, then cells, then programs. Also what the untimed run found of settings."""
     plan = [(case, data_of(case, given.data), *entrant) for case in cases for entrant in entrants(case, given)]
     if not given.here:
         for program in dict.fromkeys(program for _, _, program, _ in plan):
             peers_environments.make(program, given.environments, given.torch_index)
     runs: dict[tuple[str, str, str], list[Measured]] = {(case.name, *entrant): [] for case, _, *entrant in plan}
+    tried: dict[tuple[str, str, str], float] = {}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
     try:
         for repeat in range(0 if repeats > 1 else 1, repeats + 1):
@@ -141,16 +153,32 @@ def measure(cases: Sequence[Case], given: argparse.Namespace, repeats: int, step
                 measured = once(case, data, program, setting, repeat, given, steps)
                 if repeat:
                     runs[case.name, program, setting].append(measured)
+                else:
+                    tried[case.name, program, setting] = measured.supervised_per_second
+            if not repeat:
+                kept = left(tried, given.choose.split(","))
+                plan = [entry for entry in plan if (entry[0].name, *entry[2:]) in kept]
+                runs = {entrant: [] for entrant in runs if entrant in kept}
     except KeyboardInterrupt:
         complete = min(map(len, runs.values()))
         if not complete:
             raise
         print(f"Interrupted: {complete} of {repeats} repeats are complete", flush=True)
         runs = {entrant: found[:complete] for entrant, found in runs.items()}
-    return [
+    entries = [
         Entry(case, program, setting, settings_of(program)[setting], found)
         for (case, program, setting), found in runs.items()
     ]
+    names = ("case", "program", "setting", "supervised_per_second")
+    return entries, [dict(zip(names, (*entrant, rate), strict=True)) for entrant, rate in tried.items()]
+
+
+def left(tried: dict[tuple[str, str, str], float], chosen: Sequence[str]) -> set[tuple[str, str, str]]:
+    """What is measured after the untimed run: of the programs to choose from, the fastest setting in each cell."""
+    fastest: dict[tuple[str, str], tuple[str, str, str]] = {}
+    for entrant in sorted(tried, key=lambda entrant: -tried[entrant]):
+        fastest.setdefault(entrant[:2], entrant)
+    return {entrant for entrant in tried if entrant[1] not in chosen or fastest[entrant[:2]] == entrant}
 
 
 def once(
@@ -223,10 +251,12 @@ def main() -> None:
         raise SystemExit("nothing to do: give --bars, --table, --toy or the names of cells (--list)")
     repeats = given.repeats or (1 if given.table or given.toy else 5)
     steps = given.steps or (4 if given.toy else 6 if given.table else 12)
+    if given.choose and repeats < 2:
+        raise SystemExit("--choose needs --repeats of at least 2: with one there is no untimed run")
     if steps < 2:
         raise SystemExit("--steps must be at least 2: half of them are warm-up")
     load, began = os.getloadavg(), time.time()
-    entries = measure(cases, given, repeats, steps)
+    entries, tried = measure(cases, given, repeats, steps)
     repeats = min(len(entry.runs) for entry in entries)
     programs = dict.fromkeys(entry.program for entry in entries)
     bars = bar_lines(BARS, entries)
@@ -250,6 +280,7 @@ def main() -> None:
         "uneven": uneven(entries),
         "bars": bars[1:],
         "operations": [dict(zip(operations[0], line, strict=True)) for line in operations[1:]],
+        "untimed": tried,
         "entries": [entry.told() for entry in entries],
     }
     out = given.out or Path(f"peers-{time.strftime('%Y%m%d-%H%M%S')}.json")

@@ -88,7 +88,7 @@ class Bar:
 
 
 LEAN = {"distft": "packed, 512 a pass"}
-"""Settings that are measured beside the best one where memory has a bar; the others' best is their leanest."""
+"""Settings that are measured beside the best one in the cells that have bars; the others' best is their leanest."""
 
 EVERYONE = ("TRL", "LLaMA-Factory", "Trainer")
 BARS = (

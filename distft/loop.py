@@ -219,8 +219,6 @@ class Fit:
                 self.guard.reduce(nll[:-1])
             heartbeat.mark("backward")
             strategy.backward(answer.loss, last=last)
-            if config.batch.pass_tokens is not None and world.device.type == "cpu":
-                trim()  # what this pass leaves free is in pieces that the next one, of other lengths, cannot use
         heartbeat.mark("optimizer step")
         self.interval.steps += 1
         self.interval.tokens += step.num_tokens

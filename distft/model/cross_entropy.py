@@ -9,7 +9,7 @@ distft.model.head_trial chooses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +21,65 @@ if TYPE_CHECKING:
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of hidden [positions, dim], weight [vocabulary, dim] and bias [vocabulary]; None where not wanted."""
 
-Way = Callable[[Tensor, Tensor, "Tensor | None", "HeadRequest", tuple[bool, ...]], tuple[Tensor, Gradients]]
-"""(hidden, weight, bias, request, gradients wanted of those three) -> (NLL, gradients of its sum).
 
-NLL: [positions] fp32; or, where the request does not ask for it by position, any fp32 tensor with the same sum.
+class Room:
+    """Memory for the logits of a chunk, kept from pass to pass: on a CPU new memory costs a page fault every 4 KiB.
+
+    It is in use when activations are most, so that keeping it adds nothing to the peak of a step without checkpointing.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] on the CPU with anything in it. What an earlier call returned is the same memory."""
+        if self.memory.dtype != dtype or self.memory.numel() < rows * columns:
+            self.memory = torch.empty(rows * columns, dtype=dtype)
+        return self.memory[: rows * columns].view(rows, columns)
+
+
+class Sums(NamedTuple):
+    """Where gradients of weight and bias are added up over passes, fp32; None where not wanted."""
+
+    weight: Tensor | None  # [vocabulary, dim]
+    bias: Tensor | None  # [vocabulary]
+    factor: float  # what is added: gradients of the summed NLL times this
+
+
+Way = Callable[
+    [Tensor, Tensor, "Tensor | None", "HeadRequest", tuple[bool, ...], "Sums | None"], tuple[Tensor, Gradients]
+]
+"""(hidden, weight, bias, request, gradients wanted of those three, sums) -> (NLL, gradients of its sum).
+
+NLL: [positions] fp32; or, where the request does not ask for it by position, any fp32 tensor with the same sum. With
+`sums` the gradients of weight and bias are added there and None is returned in their place.
 """
 
 
 def chunked(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadRequest, needs: tuple[bool, ...]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    request: HeadRequest,
+    needs: tuple[bool, ...],
+    sums: Sums | None,
 ) -> tuple[Tensor, Gradients]:
-    return in_chunks(hidden, weight, bias, request, needs, softmax_gradient)
+    return in_chunks(hidden, weight, bias, request, needs, sums, softmax_gradient)
 
 
 def liger(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadRequest, needs: tuple[bool, ...]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    request: HeadRequest,
+    needs: tuple[bool, ...],
+    sums: Sums | None,
 ) -> tuple[Tensor, Gradients]:
     """Liger's kernel between our products: its own fused function counts targets on the host, which would wait for the
     device in every forward pass."""
     if request.tail.scale != 1.0:
         raise ValueError("it scales no logits")
-    return in_chunks(hidden, weight, bias, request, needs, liger_gradient)
+    return in_chunks(hidden, weight, bias, request, needs, sums, liger_gradient)
 
 
 def in_chunks(
@@ -50,6 +88,7 @@ def in_chunks(
     bias: Tensor | None,
     request: HeadRequest,
     needs: tuple[bool, ...],
+    sums: Sums | None,
     differentiate: Callable[[Tensor, Tensor, Tail, bool], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Gradients]:
     """Gradients of weight and bias are summed in fp32. `differentiate`: see `softmax_gradient`."""
@@ -57,9 +96,17 @@ def in_chunks(
     assert targets is not None
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for_hidden = torch.empty_like(hidden) if needs[0] else None
-    for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
-    for_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if needs[2] else None
-    room = torch.empty(min(request.chunk, len(hidden)), len(weight), dtype=dtype, device=weight.device)
+    if sums is None:
+        for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
+        for_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if needs[2] else None
+        factor = 1.0
+    else:
+        for_weight, for_bias, factor = sums
+    shape = min(request.chunk, len(hidden)), len(weight)
+    if request.room is None:
+        room = torch.empty(shape, dtype=dtype, device=weight.device)
+    else:
+        room = request.room.take(*shape, dtype)
 
     for start in range(0, len(hidden), request.chunk):
         part = slice(start, start + request.chunk)
@@ -69,13 +116,13 @@ def in_chunks(
             logits.add_(bias)
         nll[part], gradient = differentiate(logits, targets[part], request.tail, any(needs))
         if for_bias is not None:
-            for_bias += gradient.sum(dim=0, dtype=torch.float32)
+            for_bias.add_(gradient.sum(dim=0, dtype=torch.float32), alpha=factor)
         low = gradient.to(dtype)
         if for_hidden is not None:
             torch.mm(low, weight, out=for_hidden[part])
         if for_weight is not None:
-            add_product(for_weight, low, hidden[part])
-    return nll, (for_hidden, for_weight, for_bias)
+            add_product(for_weight, low, hidden[part], factor)
+    return nll, (for_hidden, for_weight, for_bias) if sums is None else (for_hidden, None, None)
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, tail: Tail, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -142,25 +189,32 @@ def liger_gradient(logits: Tensor, targets: Tensor, tail: Tail, wanted: bool) ->
     return nll, logits
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left.T @ right, summed in fp32 whatever the factors' dtype."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """total += factor * left.T @ right, summed in fp32 whatever the dtype of left and right."""
     if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+        total.addmm_(left.T, right, alpha=factor)
     elif total.device.type == "cpu":
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype), alpha=factor)
     elif total.device.type == "cuda" and torch.version.hip is None:
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)  # low-precision factors, fp32 sum
+        # low-precision factors, fp32 sum
+        torch.addmm(total, left.T, right, alpha=factor, out_dtype=total.dtype, out=total)
     else:
-        total.add_(torch.mm(left.T, right))
+        total.add_(torch.mm(left.T, right), alpha=factor)
 
 
 def of_torch(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadRequest, needs: tuple[bool, ...]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    request: HeadRequest,
+    needs: tuple[bool, ...],
+    sums: Sums | None,
 ) -> tuple[Tensor, Gradients]:
     """torch >= 2.13. It makes gradients in the forward pass of a sum only; by position it computes the logits again."""
     from torch.nn import LinearCrossEntropyOptions
 
     assert request.targets is not None
+    assert sums is None
     if request.tail.scale != 1.0 or request.tail.softcap is not None:
         raise ValueError("it neither scales nor caps logits")
     hidden, weight = hidden.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])

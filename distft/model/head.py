@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distft.errors import UserMistake
+from distft.model.cross_entropy import Room
 from distft.model.loss import HeadRequest, Tail, head_forward, tail_of
 from distft.model.miniature import FIRST_WORD, miniature
 
@@ -30,8 +31,10 @@ class Request(NamedTuple):
     num_rows: int
     targets: Tensor | None  # [n] int64, or None for logits
     chunk: int
-    way: str = "chunked"  # these two as in loss.HeadRequest
+    way: str = "chunked"  # these four as in loss.HeadRequest
     by_position: bool = True
+    factor: float | None = None
+    room: Room | None = None
 
 
 class Answer(NamedTuple):
@@ -77,7 +80,7 @@ def _forward_to_head(own: Callable[..., Any], head: nn.Module, tail: Tail) -> Ca
             options["output_router_logits"] = True
         outputs = causal.base_model(*arguments, **options)
         hidden = select(outputs.last_hidden_state, request)
-        asked = HeadRequest(tail, request.targets, request.chunk, request.way, request.by_position)
+        asked = HeadRequest(tail, request.targets, *request[4:])
         result = head(hidden, request=asked)
         return Answer(result, balance_loss(causal, outputs.router_logits, options) if balanced else None)
 

@@ -147,7 +147,7 @@ def trial(shape: Shape, tail: Tail, device: torch.device, repeats: int = REPEATS
     ours: tuple[Tensor, Gradients] | None = None
     for name, way in WAYS.items():
         request = HeadRequest(tail, targets, shape.chunk, name, shape.by_position)
-        call = partial(way, hidden, weight, None, request, needs)
+        call = partial(way, hidden, weight, None, request, needs, None)
         try:
             with torch.no_grad():
                 answer = call()  # the first time a kernel may be compiled

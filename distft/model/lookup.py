@@ -53,7 +53,12 @@ class Rows(torch.autograd.Function):
         ids, gradient = ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
         if ctx.table.padding_idx is not None:
             gradient = gradient.masked_fill((ids == ctx.table.padding_idx)[:, None], 0)
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_put_((ids,), gradient, accumulate=True)  # in the same order every time, also on CUDA
+        gradient_of(weight).index_put_((ids,), gradient, accumulate=True)  # in the same order every time, also on CUDA
         return None, None, None
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """What has been summed of its gradient so far, zeros at first: to be added to."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

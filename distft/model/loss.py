@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distft.model.cross_entropy import WAYS
+from distft.model.cross_entropy import WAYS, Room, Sums
+from distft.model.lookup import gradient_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class HeadRequest(NamedTuple):
     chunk: int  # positions whose logits exist at a time
     way: str = "chunked"  # of distft.model.cross_entropy
     by_position: bool = True  # whether the NLL of every position is wanted, or only their sum
+    factor: float | None = None  # see `sums_of`
+    room: Room | None = None  # for logits on a CPU; None: new memory for every call
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -65,9 +68,16 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadRequest, needs: tuple[bool, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        request: HeadRequest,
+        needs: tuple[bool, ...],
+        sums: Sums | None,
     ) -> tuple[Tensor, Tensor]:
-        """hidden: [positions, dim]; weight: [vocabulary, dim]; needs: gradients wanted of hidden, weight and bias.
+        """hidden: [positions, dim]; weight: [vocabulary, dim]; needs: gradients wanted of hidden, weight and bias;
+        sums: where those of weight and bias are added at once, in place of being handed to autograd.
 
         Returns the sum, scalar fp32, and the NLL of each position, [positions] fp32 (without a gradient; anything of
         the same sum where `request.by_position` is off). Matrix products run in the dtype of autocast if that is on,
@@ -76,10 +86,15 @@ class ChunkedLoss(torch.autograd.Function):
         dtype = compute_dtype(weight)
         way = WAYS[request.way if any(needs) else "chunked"]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            nll, ctx.gradients = way(hidden.to(dtype), weight.to(dtype), bias, request, needs)
+            nll, ctx.gradients = way(hidden.to(dtype), weight.to(dtype), bias, request, needs, sums)
+            total = nll.sum()
+            ctx.poison = (
+                total * 0
+            )  # NaN where the loss is not finite, so that every rank sees a norm that is not finite
+            for added in () if sums is None else (sums.weight, sums.bias):
+                if added is not None:
+                    added.view(-1)[:1].add_(ctx.poison)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        total = nll.sum()
-        ctx.poison = total * 0  # NaN where the loss is not finite, so that every rank sees a norm that is not finite
         ctx.mark_non_differentiable(nll)
         return total, nll
 
@@ -94,7 +109,7 @@ class ChunkedLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -115,4 +130,21 @@ def head_forward(head: nn.Linear, hidden: Tensor, request: HeadRequest | None = 
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, head.weight, head.bias)
     )
-    return ChunkedLoss.apply(hidden, head.weight, head.bias, request, needs)
+    return ChunkedLoss.apply(hidden, head.weight, head.bias, request, needs, sums_of(head, request, needs))
+
+
+def sums_of(head: nn.Linear, request: HeadRequest, needs: tuple[bool, ...]) -> Sums | None:
+    """Where the head's own gradients are added in the forward pass: to its parameters' `.grad`, if a factor is given.
+
+    A promise of whoever gives one: the sum will be multiplied by `factor`, one backward pass will follow, and nothing
+    waits to be handed these gradients. What it saves: a second tensor of the head's size at the moment when
+    activations are most, and three passes over it.
+    """
+    _, of_weight, of_bias = needs
+    if request.factor is None or request.way == "torch" or not (of_weight or of_bias):
+        return None
+    if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
+        return None
+    return Sums(
+        gradient_of(head.weight) if of_weight else None, gradient_of(head.bias) if of_bias else None, request.factor
+    )

@@ -14,7 +14,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 
 from distft.config.schema import Run
-from distft.model import lookup
 from distft.model.load import finish_buffers
 from distft.strategy.base import MakeOptimizer, Shard
 from distft.strategy.birth import empty_on, has_separate_experts, read_weights, set_dtypes
@@ -59,8 +58,10 @@ class Ddp:
         assert group is not None
         self.update = Update(trained, make_optimizer, self.clip, self.world, group)
         self.module: nn.Module = trainee
+        self.kept: list[nn.Parameter] = []  # whose gradients stay allocated between steps
         if self.world.size == 1:
-            lookup.enable(trainee.model)
+            self.kept = trainee.add_gradients()
+            self.kept = [p for _, p in trained]
         else:
             self.module = self.wrap(trainee, has_separate_experts(name for name, _ in trained))
 
@@ -90,7 +91,10 @@ class Ddp:
     def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         norm = self.update.step(lr, keep)
         # DDP's gradients are views into its buckets: cleared in place they stay there and are never copied
+        kept = [(parameter, parameter.grad) for parameter in self.kept]
         self.update.optimizer.zero_grad(set_to_none=self.world.size == 1)
+        for parameter, gradient in kept:
+            parameter.grad = None if gradient is None else gradient.zero_()
         return norm
 
     @property

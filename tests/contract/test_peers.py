@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import peers  # noqa: E402
 import peers_figures  # noqa: E402
 from adapters.observer import sitecustomize  # noqa: E402
 from peers_cases import Bar, cells  # noqa: E402
@@ -50,16 +51,19 @@ def entry(program: str, rate: float, memory: int, setting: str = "packed") -> En
     return Entry("cell", program, setting, "", [run, replace(run, supervised_per_second=rate * 100), run])
 
 
-def test_bars_are_judged_against_the_best_setting_of_the_others() -> None:
+def test_bars_are_judged_at_each_setting_against_the_best_of_the_others() -> None:
     entries = [
         entry("distft", 40.0, 60), entry("TRL", 5.0, 100), entry("TRL", 20.0, 90, "other"), entry("Trainer", 10.0, 80),
     ]  # fmt: skip
     bars = (Bar("cell", "supervised_per_second", ("TRL", "Trainer"), 2.0), Bar("cell", "memory", ("TRL",), 0.66))
     told = peers_figures.bar_lines(bars, entries)[1:]
-    assert [line[2] for line in told] == ["TRL (other)"] * 2
-    assert [line[4:] for line in told] == [["2.00 x", "held"], ["0.67 x", "MISSED"]]
-    slower = [entry("distft", 39.0, 40), *entries[1:]]
-    assert [line[-1] for line in peers_figures.bar_lines(bars, slower)[1:]] == ["MISSED", "held"]
+    assert [line[3] for line in told] == ["TRL (other)"] * 2
+    assert [line[5:] for line in told] == [["2.00 x", "held"], ["0.67 x", "MISSED"]]
+    leaner = [*entries, entry("distft", 39.0, 40, "lean")]
+    told = peers_figures.bar_lines(bars, leaner)[1:]
+    assert [(line[0], line[-1]) for line in told] == [
+        ("packed", "held"), ("packed", "MISSED"), ("lean", "MISSED"), ("lean", "held"),
+    ], "each setting of ours by itself"  # fmt: skip
     assert peers_figures.cell_ratio("cell", entries[1:]) is None
 
 
@@ -101,6 +105,16 @@ def test_close_cells_are_told_with_their_operations() -> None:
     assert peers_figures.pairs([entries[0], entries[1]], peers_figures.CLOSE) == []
     [line] = peers_figures.operation_lines([(ours, 2e6, rival, 3e6)])[1:]
     assert line[2:] == ["3.0", "2.0", "1.50 x", "1.05 x"]
+
+
+def test_the_fastest_setting_that_was_tried_is_measured() -> None:
+    tried = {
+        ("a", "TRL", "x"): 1.0, ("a", "TRL", "y"): 2.0, ("b", "TRL", "x"): 3.0, ("b", "TRL", "y"): 2.0,
+        ("a", "distft", "x"): 1.0, ("a", "distft", "y"): 2.0,
+    }  # fmt: skip
+    ours = {("a", "distft", "x"), ("a", "distft", "y")}
+    assert peers.left(tried, ["TRL"]) == {("a", "TRL", "y"), ("b", "TRL", "x"), *ours}
+    assert peers.left(tried, [""]) == set(tried)
 
 
 def test_batches_are_put_to_their_steps() -> None:

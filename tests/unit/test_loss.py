@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MixtralConfig
 
 from distft.errors import UserMistake
+from distft.model.cross_entropy import Room
 from distft.model.head import attach, check_head
 from distft.model.loss import HeadRequest, Tail, head_forward, tail_of
 
@@ -58,6 +59,60 @@ def test_equals_plain_cross_entropy(tail: Tail, with_bias: bool, chunk: int) -> 
     for name, got, want in zip(("hidden", "weight", "bias"), gradients, wanted, strict=True):
         if got is not None:
             assert (got - want).norm() <= 1e-6 * want.norm(), name
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_added_in_the_forward_pass(tail: Tail, with_bias: bool, trained: bool) -> None:
+    """Two passes with a factor leave the same sums as two passes whose gradients autograd is handed."""
+    hidden, weight, bias, targets = pieces()
+    heads, gradients = [head_of(weight, bias if with_bias else None).requires_grad_(trained) for _ in range(2)], []
+    for head, factor in zip(heads, (None, 0.3), strict=True):
+        passes = [part.detach().clone().requires_grad_() for part in (hidden[:20], hidden[20:])]
+        for copy, part in zip(passes, (targets[:20], targets[20:]), strict=True):
+            total, _ = head_forward(head, copy, HeadRequest(tail, part, 8, factor=factor, room=Room()))
+            (total * 0.3).backward()
+        gradients.append([*(copy.grad for copy in passes), head.weight.grad, head.bias.grad if with_bias else None])
+    for expected, got in zip(*gradients, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            assert (got - expected).norm() <= 1e-6 * expected.norm()
+    assert (heads[1].weight.grad is not None) == trained
+
+
+def test_a_head_that_adds_makes_no_second_gradient() -> None:
+    """Of the head's size nothing is made but its `.grad`, and that once."""
+    hidden, weight, _, targets = pieces(num=8, dim=64, words=512)
+    head = head_of(weight, None)
+    sizes = []
+    for _ in range(2):
+        with Made() as made:
+            total, _ = head_forward(head, hidden, HeadRequest(Tail(), targets, 2, factor=1.0))
+            total.backward()
+        sizes.append(made.numels.count(64 * 512))
+    assert sizes == [1, 0]
+    with Made() as made:
+        head_forward(head, hidden, HeadRequest(Tail(), targets, 2))[0].backward()
+    assert made.numels.count(64 * 512) == 1  # the plain way is seen to make one
+
+
+def test_logits_of_every_pass_take_the_same_memory() -> None:
+    hidden, weight, _, targets = pieces(num=9, words=300)
+    head, room = head_of(weight, None), Room()
+    results, places = [], set()
+    for given in (room, room, None):
+        copy = hidden.detach().clone().requires_grad_()
+        total, nll = head_forward(head, copy, HeadRequest(Tail(), targets, 4, room=given))
+        total.backward()
+        results.append((nll, copy.grad))
+        places.add(room.memory.data_ptr())
+    assert len(places) == 1
+    assert room.memory.numel() == 4 * 300
+    for nll, gradient in results[1:]:
+        assert torch.equal(nll, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+    assert room.take(2, 10, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_low_precision_stays_near() -> None:
@@ -120,6 +175,20 @@ class Largest(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+class Made(TorchDispatchMode):
+    """The size of every tensor that was newly made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numels: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if function in (torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default, torch.ops.aten.clone.default):
+            self.numels.append(result.numel())
         return result
 
 
@@ -203,6 +272,9 @@ def test_only_the_loss_being_infinite_is_enough() -> None:
     total.backward()
     assert total.isinf()
     assert head.weight.grad.isnan().all()
+    head = head_of(weight, bias)
+    head_forward(head, hidden.detach(), HeadRequest(Tail(), torch.tensor([0, 1]), 8, factor=0.5))
+    assert head.weight.grad.norm().isnan()  # where it is added at once too: enough for the norm of all gradients
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2
 from distft.data.batch import Batch
 from distft.model import attention
 from distft.model.attention import choose_for
-from distft.objective.trainee import LogitsRequest, LossRequest, LossSums, Trainee
+from distft.objective.trainee import (
+    CPU_LOGITS,
+    MOST_CPU_LOGITS,
+    LogitsRequest,
+    LossRequest,
+    LossSums,
+    Trainee,
+    cpu_chunk,
+)
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -311,3 +319,12 @@ def test_choice_and_trainee_agree_on_softcap() -> None:
     total, _ = plain_loss(build(config, "eager"))
     answer = Trainee(build(config, choice.implementation))(LossRequest(batches()[0], scale=1.0, num_sources=2))
     torch.testing.assert_close(answer.loss.detach(), total.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 8_000, 32_000, 50_257, 128_000, 256_000, 1_000_000])
+def test_positions_at_a_time_on_a_cpu(vocabulary: int) -> None:
+    chunk = cpu_chunk(vocabulary)
+    assert chunk % 64 == 0
+    assert chunk == 64 or chunk * vocabulary <= MOST_CPU_LOGITS
+    assert chunk >= 256 or (chunk + 64) * vocabulary > MOST_CPU_LOGITS
+    assert chunk <= 256 or chunk * vocabulary <= CPU_LOGITS
