@@ -106,8 +106,8 @@ def test_the_trial_times_what_is_right_and_says_why_not() -> None:
 
 
 def test_the_trial_refuses_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(hidden: Tensor, weight: Tensor, bias: Any, request: Any, needs: Any) -> Any:
-        nll, (for_hidden, for_weight, for_bias) = chunked(hidden, weight, bias, request, needs)
+    def wrong(hidden: Tensor, weight: Tensor, bias: Any, request: Any, needs: Any, sums: Any) -> Any:
+        nll, (for_hidden, for_weight, for_bias) = chunked(hidden, weight, bias, request, needs, sums)
         return nll, (for_hidden, for_weight * 1.05, for_bias)
 
     monkeypatch.setitem(WAYS, "liger", wrong)
