@@ -37,6 +37,10 @@ class Room:
             self.memory = torch.empty(rows * columns, dtype=dtype)
         return self.memory[: rows * columns].view(rows, columns)
 
+    def release(self) -> None:
+        """Until the next call of `take`."""
+        self.memory = torch.empty(0)
+
 
 class Sums(NamedTuple):
     """Where gradients of weight and bias are added up over passes, fp32; None where not wanted."""

@@ -289,6 +289,7 @@ class Job:
             else:  # checkpoint.on_full=skip
                 log.say(f"The best weights, those of step {state.best_step}, were not saved: the last ones are final")
         strategy.release()
+        strategy.trainee.room.release()
         give_back()  # the model is written, and read back, beside the trained one
         tokenizer = self.tokenizer
         probe = take_probe(strategy, prompt_ids(tokenizer), world)
