@@ -88,9 +88,8 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             nll, ctx.gradients = way(hidden.to(dtype), weight.to(dtype), bias, request, needs, sums)
             total = nll.sum()
-            ctx.poison = (
-                total * 0
-            )  # NaN where the loss is not finite, so that every rank sees a norm that is not finite
+            # NaN where the loss is not finite, so that every rank sees a norm that is not finite
+            ctx.poison = total * 0
             for added in () if sums is None else (sums.weight, sums.bias):
                 if added is not None:
                     added.view(-1)[:1].add_(ctx.poison)

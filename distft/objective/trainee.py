@@ -101,17 +101,12 @@ class Trainee(nn.Module):
             return logits
         return self.loss(request)
 
-    def add_gradients(self) -> list[nn.Parameter]:
+    def add_gradients(self) -> None:
         """From now on add the gradients of embeddings and head to `.grad` where they are made, the head's in the
         forward pass: for an engine that has nothing to reduce, and lets one backward pass follow each loss.
-
-        Returns the head's trained parameters: keeping their `.grad` between steps spares making it anew.
         """
         lookup.enable(self.model)
         self.adds_gradients = True
-        model: Any = self.model
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return [parameter for parameter in causal.get_output_embeddings().parameters() if parameter.requires_grad]
 
     def loss(self, request: LossRequest) -> LossSums:
         batch = request.batch

@@ -58,10 +58,8 @@ class Ddp:
         assert group is not None
         self.update = Update(trained, make_optimizer, self.clip, self.world, group)
         self.module: nn.Module = trainee
-        self.kept: list[nn.Parameter] = []  # whose gradients stay allocated between steps
         if self.world.size == 1:
-            self.kept = trainee.add_gradients()
-            self.kept = [p for _, p in trained]
+            trainee.add_gradients()
         else:
             self.module = self.wrap(trainee, has_separate_experts(name for name, _ in trained))
 
@@ -90,11 +88,9 @@ class Ddp:
 
     def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         norm = self.update.step(lr, keep)
-        # DDP's gradients are views into its buckets: cleared in place they stay there and are never copied
-        kept = [(parameter, parameter.grad) for parameter in self.kept]
-        self.update.optimizer.zero_grad(set_to_none=self.world.size == 1)
-        for parameter, gradient in kept:
-            parameter.grad = None if gradient is None else gradient.zero_()
+        # DDP's gradients are views into its buckets: cleared in place they stay there and are never copied. On one
+        # rank new ones would lie between activations, and leave their memory in pieces.
+        self.update.optimizer.zero_grad(set_to_none=False)
         return norm
 
     @property
