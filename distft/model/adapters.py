@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distft.model.lora import adapted_linear
+from distft.model.lora import Copies, adapted_linear
 from distft.model.miniature import FIRST_WORD, LAST_WORD, miniature
 from distft.model.plain import quiet
 
@@ -104,8 +104,11 @@ class Member:
 class Group:
     """Layers that share their input. Outputs made ahead are held until they are taken, or until the parent is done."""
 
-    def __init__(self, members: list[Member]) -> None:
+    def __init__(self, members: list[Member], casts: Casts | None = None) -> None:
         self.members = members
+        self.casts = casts or Casts()
+        if members:
+            self.casts.groups.append(self)
         self.input: Tensor | None = None
         self.state: tuple[int, bool] = (0, False)
         self.outputs: dict[Member, Tensor] = {}
@@ -113,12 +116,14 @@ class Group:
     def output(self, member: Member, x: Tensor) -> Tensor:
         """What `member` makes of `x` [..., in]."""
         # ZeRO-3 gathers what belongs to the layer that is called, and its hooks hand every layer a tensor of its own.
-        if len(self.members) == 1 or member.partitioned or x.is_inference():
+        if member.partitioned or x.is_inference():
             return computed([member], x)[0]
+        if len(self.members) == 1:
+            return computed(self.members, x, self.copies(x))[0]
         state = (x._version, torch.is_grad_enabled())
         if self.input is not x or self.state != state or member not in self.outputs:
             self.drop()
-            self.outputs = dict(zip(self.members, computed(self.members, x), strict=True))
+            self.outputs = dict(zip(self.members, computed(self.members, x, self.copies(x)), strict=True))
             self.input, self.state = x, state
         output = self.outputs.pop(member)
         if not self.outputs:
@@ -128,8 +133,56 @@ class Group:
     def drop(self, *_: object) -> None:
         self.input, self.outputs = None, {}
 
+    def adapters(self) -> list[Tensor]:
+        return [half.weight for member in self.members for half in (member.a, member.b)]
 
-def computed(members: list[Member], x: Tensor) -> tuple[Tensor, ...]:
+    def copies(self, x: Tensor) -> Copies | None:
+        """The adapters in the type that `x` is computed in; None where that is their own."""
+        dtype = compute_dtype(x)
+        if type(x) is not Tensor or all(adapter.dtype == dtype for adapter in self.adapters()):
+            return None  # a fake one only counts: what it is given is none to keep
+        return self.casts.of(self, dtype)
+
+
+class Casts:
+    """Low-precision copies of a model's adapters: all of them made together when one has changed since.
+
+    A cast of its own for each, forward and backward, is two thirds of all that the host starts in a step.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[Group] = []
+        self.made: dict[Group, tuple[Copies, list[tuple[int, int]]]] = {}  # and of which state of the adapters
+
+    def of(self, group: Group, dtype: torch.dtype) -> Copies:
+        state = states(group)
+        made = self.made.get(group)
+        if made is None or made[0].a.dtype != dtype or made[1] != state:
+            self.make(dtype)
+        return self.made[group][0]
+
+    @torch.no_grad()
+    def make(self, dtype: torch.dtype) -> None:
+        targets, sources = [], []
+        for group in self.groups:
+            downs = [member.a.weight for member in group.members]
+            ups = [member.b.weight for member in group.members]
+            copies = self.made[group][0] if group in self.made else None
+            if copies is None or copies.a.dtype != dtype or copies.a.device != downs[0].device:
+                rows = sum(down.shape[0] for down in downs)
+                a = downs[0].new_empty((rows, downs[0].shape[1]), dtype=dtype)
+                copies = Copies(a, [torch.empty_like(up, dtype=dtype) for up in ups])
+            self.made[group] = copies, states(group)
+            targets += [*copies.a.split([down.shape[0] for down in downs]), *copies.b]
+            sources += [*downs, *ups]
+        torch._foreach_copy_(targets, sources)
+
+
+def states(group: Group) -> list[tuple[int, int]]:
+    return [(adapter.data_ptr(), adapter._version) for adapter in group.adapters()]
+
+
+def computed(members: list[Member], x: Tensor, copies: Copies | None = None) -> tuple[Tensor, ...]:
     return adapted_linear(
         x.to(compute_dtype(x)),
         [member.base.weight for member in members],
@@ -137,6 +190,7 @@ def computed(members: list[Member], x: Tensor) -> tuple[Tensor, ...]:
         [member.a.weight for member in members],
         [member.b.weight for member in members],
         [float(member.layer.scaling[member.adapter]) for member in members],
+        copies,
     )
 
 
@@ -146,7 +200,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def under_autocast(x: Tensor) -> bool:
     device = x.device.type  # meta, when shapes alone are asked for, has no autocast
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def fused_forward(group: Group, member: Member, own: Callable[..., Tensor], x: Tensor, *args: Any, **kw: Any) -> Tensor:
@@ -160,17 +214,18 @@ def fused_forward(group: Group, member: Member, own: Callable[..., Tensor], x: T
 
 
 def fuse(model: nn.Module, siblings: Siblings) -> None:
+    casts = Casts()
     for parent in model.modules():
         found = {name: adapter_of(child) for name, child in parent.named_children()}
         members = {name: Member.of(getattr(parent, name), adapter) for name, adapter in found.items() if adapter}
         shared = siblings.get(kind_of(parent), [])
         groups = [[members.pop(name) for name in names if name in members] for names in shared]
         for together in groups:
-            install(Group(together))
+            install(Group(together, casts))
         if any(len(together) > 1 for together in groups):
             parent.register_forward_hook(forget, always_call=True)
         for member in members.values():
-            install(Group([member]))
+            install(Group([member], casts))
 
 
 def install(group: Group) -> None:

@@ -10,17 +10,18 @@ another type are cast, never activations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # An operator of its own, so that selective checkpointing sees one call whose results it may keep: of the products
 # inside, it would keep every partial sum, and not allow the next to be added in place.
 _library = torch.library.Library("distft", "FRAGMENT")
 _library.define(
-    "adapted_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, float[] scales) -> Tensor[]"
+    "adapted_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor a, Tensor[] b, float[] scales) -> Tensor[]"
 )
 
 
@@ -28,17 +29,17 @@ def _adapted_linear(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    a: Sequence[Tensor],
+    a: Tensor,
     b: Sequence[Tensor],
     scales: Sequence[float],
 ) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    low = rows @ stacked(a, x.dtype).t()
+    low = rows @ a.t()
     outputs = []
-    parts = low.split([part.shape[0] for part in a], dim=1)
+    parts = low.split([part.shape[1] for part in b], dim=1)
     for weight, bias, part, up, scale in zip(weights, biases, parts, b, scales, strict=True):
         output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        output.addmm_(part, up.to(x.dtype).t(), alpha=scale)
+        output.addmm_(part, up.t(), alpha=scale)
         outputs.append(output.view(*x.shape[:-1], weight.shape[0]))
     return [low, *outputs]
 
@@ -48,9 +49,26 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("distft::adapted_linear", _adapted_linear, lib=_library)
 
 
-def stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All A's, one below the other: [sum of lora ranks, in]."""
-    return (a[0] if len(a) == 1 else torch.cat(list(a))).to(dtype)
+def called(*arguments: Any) -> list[Tensor]:
+    """As the operator where a mode looks on; elsewhere without its dispatcher, which takes the host longer than all of
+    the products."""
+    if _get_current_dispatch_mode() is None:
+        return _adapted_linear(*arguments)
+    outputs: list[Tensor] = torch.ops.distft.adapted_linear(*arguments)
+    return outputs
+
+
+class Copies(NamedTuple):
+    """Adapters in the type of x."""
+
+    a: Tensor  # all A's, one below the other: [sum of lora ranks, in]
+    b: list[Tensor]  # [out_i, lora_rank_i] each
+
+
+def copied(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Copies:
+    """Casts, and views or the tensors themselves where they are of `dtype` already."""
+    together = a[0] if len(a) == 1 else torch.cat(list(a))
+    return Copies(together.to(dtype), [up.to(dtype) for up in b])
 
 
 def adapted_linear(
@@ -60,26 +78,32 @@ def adapted_linear(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
+    copies: Copies | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [..., out_i] of all layers on x [..., in].
 
     weights: [out_i, in] each and biases [out_i] or None, frozen, of the type of x. a: [lora_rank_i, in] each and b:
-    [out_i, lora_rank_i], of any floating type; their gradients have that type.
+    [out_i, lora_rank_i], of any floating type; their gradients have that type. copies: of a and b, where the caller
+    keeps them; they must stay as they are until the backward pass, as a and b must.
     """
     if torch.is_grad_enabled():
-        outputs: tuple[Tensor, ...] = AdaptedLinear.apply(x, tuple(scales), *weights, *biases, *a, *b)
+        outputs: tuple[Tensor, ...] = AdaptedLinear.apply(x, tuple(scales), copies, *weights, *biases, *a, *b)
         return outputs
-    return tuple(torch.ops.distft.adapted_linear(x, weights, biases, a, b, scales)[1:])
+    return tuple(called(x, weights, biases, *(copies or copied(a, b, x.dtype)), scales)[1:])
 
 
 class AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scales: tuple[float, ...], copies: Copies | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         weights, biases, a, b = quarters(tensors)
-        low, *outputs = torch.ops.distft.adapted_linear(x, weights, biases, a, b, scales)
+        low, *outputs = called(x, weights, biases, *(copies or copied(a, b, x.dtype)), scales)
         # Parameters themselves and no views or casts of them: an engine may free their memory until the backward pass.
-        ctx.save_for_backward(x, low, *weights, *a, *b)
-        ctx.scales = scales
+        adapters = (*a, *b) if copies is None else (copies.a, *copies.b)
+        ctx.save_for_backward(x, low, *weights, *adapters)
+        ctx.scales, ctx.copied = scales, copies is not None
+        ctx.dtypes = [(down.dtype, up.dtype) for down, up in zip(a, b, strict=True)]
         ctx.set_materialize_grads(False)  # an output that nobody used has no gradient
         return tuple(outputs)
 
@@ -88,31 +112,43 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, low, *tensors = ctx.saved_tensors
         count = len(ctx.scales)
-        weights, a, b = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        rows = x.reshape(-1, x.shape[-1])
+        weights, adapters, b = tensors[:count], tensors[count:-count], tensors[-count:]
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
         a_gradients: list[Tensor | None] = [None] * count
         b_gradients: list[Tensor | None] = [None] * count
         x_gradient = None
         if not used:
-            return (None, None, *[None] * 4 * count)
+            return (None, None, None, *[None] * 4 * count)
+        rows = x.reshape(-1, x.shape[-1])
         flat = {index: gradients[index].reshape(rows.shape[0], -1) for index in used}  # type: ignore[union-attr]
-        parts = low.split([part.shape[0] for part in a], dim=1)
-        inner = []  # gradients of x A_i^T, [rows, lora_rank_i]
-        for index in used:
-            scale = ctx.scales[index]
-            inner.append(flat[index] @ (b[index] * scale).to(x.dtype))
-            b_gradients[index] = (flat[index].t() @ parts[index]).mul_(scale).to(b[index].dtype)
-        together = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
-        of_a = (together.t() @ rows).split([a[index].shape[0] for index in used])
+        ranks = [up.shape[1] for up in b]
+        parts = low.split(ranks, dim=1)
+        together = x.new_empty(rows.shape[0], sum(ranks[index] for index in used))
+        inner = together.split([ranks[index] for index in used], dim=1)  # gradients of x A_i^T
+        for index, of_low in zip(used, inner, strict=True):
+            scale, (_, dtype) = ctx.scales[index], ctx.dtypes[index]
+            of_low.addmm_(flat[index], b[index].to(x.dtype), beta=0, alpha=scale)
+            b_gradients[index] = product(flat[index].t(), parts[index], scale, dtype)
+        of_a = product(together.t(), rows, 1.0, ctx.dtypes[0][0]).split([ranks[index] for index in used])
         for index, gradient in zip(used, of_a, strict=True):
-            a_gradients[index] = gradient.to(a[index].dtype)
+            a_gradients[index] = gradient.to(ctx.dtypes[index][0])
         if ctx.needs_input_grad[0]:
-            total = together @ stacked([a[index] for index in used], x.dtype)
+            downs = adapters[0].split(ranks) if ctx.copied else adapters
+            whole = ctx.copied and len(used) == count
+            total = together @ (adapters[0] if whole else copied([downs[index] for index in used], [], x.dtype).a)
             for index in used:
                 total.addmm_(flat[index], weights[index])
             x_gradient = total.view(x.shape)
-        return (x_gradient, None, *[None] * 2 * count, *a_gradients, *b_gradients)
+        return (x_gradient, None, None, *[None] * 2 * count, *a_gradients, *b_gradients)
+
+
+def product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * left @ right in `dtype`, [m, n]: on CUDA summed and written in it by the product itself."""
+    shape = left.shape[0], right.shape[1]
+    if dtype != left.dtype and left.device.type == "cuda" and torch.version.hip is None:
+        out = torch.empty(shape, dtype=dtype, device=left.device)
+        return torch.addmm(out, left, right, beta=0, alpha=scale, out_dtype=dtype, out=out)
+    return left.new_empty(shape).addmm_(left, right, beta=0, alpha=scale).to(dtype)
 
 
 def quarters(tensors: Sequence[Any]) -> tuple[list[Any], ...]:

@@ -105,6 +105,8 @@ class Update:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             self.optimizer.step()
+            # Fused optimizers do not say that they wrote, and adapters are cast anew only where somebody did.
+            torch.autograd.graph.increment_version([piece.local for piece in self.pieces])
             self.updates += 1 - found_inf
         return norm
 

@@ -58,6 +58,26 @@ def test_the_loss_falls(strategy: str, tuning: str, device: str, monkeypatch: py
     assert losses[-1] < 0.8 * losses[0], losses
 
 
+@pytest.mark.parametrize("device", EVERYWHERE)
+def test_a_pass_computes_with_the_adapters_of_the_last_update(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with copies in bf16 from before it: torch's fused optimizers do not say that they wrote."""
+    with world_of_one(device, monkeypatch) as world:
+        case = case_of("ddp", "lora")
+        fit = fit_for(world, case)
+        train(fit, world, case, range(2))
+        train_again = fit_for(world, case)
+        for shard, kept in zip(train_again.strategy.shards(), fit.strategy.shards(), strict=True):
+            shard.tensor.copy_(kept.tensor)
+        train_again.strategy.refresh()
+        train_again.strategy.num_updates = fit.strategy.num_updates
+        train_again.state.step = fit.state.step
+        (going_on,) = train(fit, world, case, range(2, 3))
+        (anew,) = train(train_again, world, case, range(2, 3))
+        (first,) = train(fit_for(world, case), world, case, range(1))
+    assert torch.equal(going_on, anew)
+    assert not torch.equal(going_on, first)
+
+
 @pytest.mark.parametrize("device", [GPU])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_no_step_waits_for_the_host(strategy: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

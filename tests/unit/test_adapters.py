@@ -159,6 +159,58 @@ def test_bf16_base_with_fp32_adapters() -> None:
     assert 0 < ours / norm < 1.5 * peft / norm < 0.2
 
 
+class Copying(TorchDispatchMode):
+    """Counts casts of single tensors to bf16, and rounds in which many are copied together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts = self.rounds = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.aten._to_copy.default and (options or {}).get("dtype") == torch.bfloat16:
+            self.casts += 1
+        self.rounds += function is torch.ops.aten._foreach_copy_.default
+        return function(*arguments, **(options or {}))
+
+
+def test_adapters_are_cast_together_and_only_after_a_change() -> None:
+    model = fused(with_adapters(KINDS["llama"](), torch.bfloat16))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def counted() -> tuple[list[Tensor], int, int]:
+        with Copying() as copying, torch.autocast("cpu", torch.bfloat16):
+            found = outcome(model)
+        return found, copying.casts, copying.rounds
+
+    first, casts, rounds = counted()
+    assert rounds == 1
+    again, _, rounds = counted()
+    assert rounds == 0
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.1)
+    changed, later_casts, rounds = counted()
+    assert (later_casts, rounds) == (casts, 1)
+    assert apart(changed[:1], first[:1]) > 0.01
+    fresh = fused(with_adapters(KINDS["llama"](), torch.bfloat16))
+    fresh.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(outcome(fresh), changed, strict=True))
+    assert casts < len(trained)  # hidden states and what belongs to no adapter
+
+
+def test_adapters_may_not_change_before_the_backward_pass() -> None:
+    model = fused(with_adapters(KINDS["llama"](), torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=folders.ids()).logits
+        with torch.no_grad():
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).add_(1)
+            model(input_ids=folders.ids())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
 # --- what stays PEFT's, and what is refused --------------------------------------------------------------------------
 
 
@@ -187,7 +239,8 @@ def test_a_wrong_scaling_is_noticed_at_start(monkeypatch: pytest.MonkeyPatch) ->
     right = adapters.adapted_linear
 
     def wrong(*tensors: Any) -> Any:
-        return right(*tensors[:-1], [scale * 1.001 for scale in tensors[-1]])
+        *others, scales, copies = tensors
+        return right(*others, [scale * 1.001 for scale in scales], copies)
 
     monkeypatch.setattr(adapters, "adapted_linear", wrong)
     model = with_adapters(KINDS["llama"]())
@@ -200,7 +253,8 @@ def test_a_wrong_scaling_is_noticed_at_start(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def kept(layers: list[Any], x: Tensor, precision: torch.dtype) -> list[Tensor]:
-    """The tensors, one a storage, that a pass of `layers` over `x` keeps for backward, parameters left out."""
+    """The tensors, one a storage, that a pass of `layers` over `x` keeps for backward, parameters and the copies of
+    adapters that are kept from pass to pass left out."""
     own = {parameter.untyped_storage().data_ptr() for layer in layers for parameter in layer.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -212,7 +266,16 @@ def kept(layers: list[Any], x: Tensor, precision: torch.dtype) -> list[Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         outputs = [layer(x) for layer in layers]  # alive until everything is noted
     del outputs
+    for layer in layers:
+        if "forward" in vars(layer):
+            made, _ = casts_of(layer).made.get(layer.forward.args[0], (None, None))
+            own |= {tensor.untyped_storage().data_ptr() for tensor in ([made.a, *made.b] if made else [])}
     return [tensor for address, tensor in found.items() if address not in own]
+
+
+def casts_of(layer: Any) -> adapters.Casts:
+    casts: adapters.Casts = layer.forward.args[0].casts
+    return casts
 
 
 def bytes_of(tensors: list[Tensor]) -> int:

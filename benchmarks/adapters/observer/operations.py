@@ -28,7 +28,7 @@ def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *argumen
 
 def adapted_linear(x: Any, weights: Sequence[Any], biases: Any, a: Any, b: Any, scales: Any, **named: Any) -> int:
     rows = math.prod(x.shape[:-1])
-    return sum(2 * rows * matrix.numel() for matrix in (*weights, *a, *b))
+    return sum(2 * rows * matrix.numel() for matrix in (*weights, a, *b))
 
 
 ALSO: dict[Any, Callable[..., int]] = {
