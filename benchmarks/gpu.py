@@ -1,10 +1,11 @@
 """Tokens a second on one GPU, and as a share of what its matrix products reach: `python benchmarks/gpu.py`.
 
-For Llama shapes of 1B, 3B and 8B with random weights, full and LoRA r=16 on all linear layers, one packed row of
-4,096 tokens whose documents are chat rows of long-tailed lengths: median seconds of a step, tokens a second, model
-FLOPs a second (distft/perf.py: recomputation is not counted), and the rate of bf16 products of this model's own shapes,
-measured in the same run, which 100 % would be. `--heads` measures the ways of the head's loss at these shapes,
-`--profile` says where the time goes. Needs torch and transformers, and peft for LoRA. What does not fit is said so.
+For Llama shapes of 1B, 3B and 8B with random weights, full and LoRA r=16 on all linear layers, packed bins of 4,096
+tokens (`--micro-size` of them a step) whose documents are chat rows of long-tailed lengths: median seconds of a step,
+tokens a second, model FLOPs a second (distft/perf.py: recomputation is not counted), and the rate of bf16 products of
+this model's own shapes, measured in the same run, which 100 % would be. `--heads` measures the ways of the head's loss
+at these shapes, `--profile` says where the time goes. Needs torch and transformers, and peft for LoRA. What does not
+fit is said so.
 `--toy --device cpu` runs all of it at toy size on the CPU, to see that it works.
 """
 
@@ -14,17 +15,23 @@ import gc
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from measure import MEDIAN_LENGTH, SIZES, Laid, Size, lay_out, long_tailed, packed, run_of, step_of, take_step
 from timing import arguments_of, clocked, table, write_record
 
-from distft.model.head_trial import Shape, timed, trial
+from distft.model.head_trial import Shape, settle, timed, trial
 from distft.model.loss import Tail
 from distft.perf import attended_pairs, memory
 from distft.world import World, join, leave
+
+if TYPE_CHECKING:
+    from distft.data.batch import Batch
 
 
 def wait(device: torch.device) -> None:
@@ -47,12 +54,26 @@ def product_rate(size: Size, num_tokens: int, supervised: int, device: torch.dev
         left = torch.randn(rows, inner, device=device).bfloat16()
         right = torch.randn(columns, inner, device=device).bfloat16()
         product = partial(torch.mm, left, right.T)
-        for _ in range(3):
-            product()
-        taken = statistics.median(timed(product, device) for _ in range(repeats))
+        taken = statistics.median(many_times(product, rows * inner * columns, device, repeats))
         operations += times * 2.0 * rows * inner * columns
         seconds += times * taken
     return operations / seconds
+
+
+def many_times(product: Callable[[], Any], size: int, device: torch.device, repeats: int) -> list[float]:
+    """Seconds of one product of `size` multiply-adds. On a GPU many of them are one graph, which the host starts."""
+    for _ in range(3):
+        product()
+    if device.type == "cpu":
+        return [timed(product, device) for _ in range(repeats)]
+    number = max(4, 2 * 10**12 // size)
+    wait(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(number):
+            product()
+    graph.replay()
+    return [timed(graph.replay, device) / number for _ in range(repeats)]
 
 
 def formula(laid: Laid, lengths: list[int], supervised: int) -> str:
@@ -63,22 +84,27 @@ def formula(laid: Laid, lengths: list[int], supervised: int) -> str:
     return " + ".join(terms) + f" = {cost.of_documents(lengths, supervised):.6g}"
 
 
+def micro_batch(seed: int, size: Size, arguments: Any, device: torch.device) -> Batch:
+    """One row of as many bins of `--length` as `--micro-size` says: as a run lays out a micro-batch of packed bins."""
+    bins = range(arguments.micro_size * seed, arguments.micro_size * (seed + 1))
+    lengths = [length for bin in bins for length in long_tailed(arguments.length, bin, arguments.median)]
+    return packed(lengths, size.vocabulary, arguments.supervised, seed, device.type == "cuda")
+
+
 def measured(name: str, tuning: str, world: World, arguments: Any) -> dict[str, Any]:
     """One case; raises torch.OutOfMemoryError where it does not fit."""
     size, device = SIZES[name], world.device
     precision = "bf16" if device.type == "cuda" else "fp32"
-    run = run_of(arguments.engine, tuning, precision, arguments.activation)
+    run = run_of(arguments.engine, tuning, precision, arguments.activation, arguments.compile)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     laid = lay_out(run, world, size)
-    laid.strategy.trainee.head_way = arguments.head
-    laid.strategy.trainee.vocab_chunk = arguments.chunk
-    pinned = device.type == "cuda"
-    steps = [
-        step_of([packed(long_tailed(arguments.length, seed, arguments.median), size.vocabulary, arguments.supervised,
-                        seed, pinned)])
-        for seed in range(4)
-    ]  # fmt: skip
+    trainee = laid.strategy.trainee
+    trainee.vocab_chunk = arguments.chunk or trainee.vocab_chunk
+    tokens_a_pass = arguments.length * arguments.micro_size
+    with TemporaryDirectory() as cache:
+        laid.notes += settle(trainee, arguments.head, world, precision, tokens_a_pass, False, Path(cache))
+    steps = [step_of([micro_batch(seed, size, arguments, device)]) for seed in range(4)]
     for number in range(arguments.warm_up):
         take_step(laid.strategy, steps[number % 4], device)
     wait(device)
@@ -105,6 +131,7 @@ def measured(name: str, tuning: str, world: World, arguments: Any) -> dict[str, 
     return {
         "model": name,
         "tuning": tuning,
+        "micro size": arguments.micro_size,
         "ms a step": round(1e3 * taken, 2),
         "tokens/s": round(tokens / taken),
         "supervised/s": round(supervised / taken),
@@ -127,7 +154,7 @@ def profile(call: Any, device: torch.device) -> None:
         call()
         wait(device)
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    print(seen.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+    print(seen.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60))
 
 
 def heads(names: list[str], device: torch.device, arguments: Any) -> list[dict[str, Any]]:
@@ -151,6 +178,8 @@ def heads(names: list[str], device: torch.device, arguments: Any) -> list[dict[s
 
 
 def liger_as_shipped(shape: Shape, device: torch.device, repeats: int) -> Any:
+    if device.type == "cpu":
+        return "needs a GPU"
     try:
         from liger_kernel.ops import fused_linear_cross_entropy_forward
     except ImportError as error:
@@ -171,8 +200,10 @@ def options() -> Any:
     parser.add_argument("--tunings", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--engine", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--activation", default="none", choices=["none", "selective", "full"])
-    parser.add_argument("--head", default="chunked", choices=["chunked", "liger", "torch"])
-    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--compile", action="store_true", help="every block, as model.compile=true does")
+    parser.add_argument("--micro-size", type=int, default=1, help="bins of a micro-batch, which is a step")
+    parser.add_argument("--head", default="auto", choices=["auto", "chunked", "liger", "torch"])
+    parser.add_argument("--chunk", type=int, default=0, help="positions whose logits exist at a time; 0: as in a run")
     parser.add_argument("--chunks", type=int, nargs="+", default=[512, 2048], help="of --heads")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--median", type=float, default=MEDIAN_LENGTH, help="of the documents' lengths")

@@ -93,10 +93,13 @@ class RandomWeights:
         return torch.empty(length, device=self.device).normal_(std=0.02, generator=generator)
 
 
-def run_of(strategy: str, tuning: str, precision: str = "fp32", activation: str = "none") -> Run:
+def run_of(
+    strategy: str, tuning: str, precision: str = "fp32", activation: str = "none", compiled: bool = False
+) -> Run:
     from distft.config.schema import Run
 
     run = Run()
+    run.model.compile = compiled
     run.strategy.name, run.tuning.method, run.precision, run.activation.mode = strategy, tuning, precision, activation
     run.optim.lr, run.tuning.lora_rank, run.tuning.target = 1e-4, 16, "all-linear"
     return run
@@ -123,7 +126,7 @@ def lay_out(run: Run, world: World, size: Size, strategy: Any = None, fused: boo
     from distft.model import activation, adapters, kernels, tuning
     from distft.model.load import blocks, restore_ties
     from distft.model.varlen import VARLEN
-    from distft.objective.trainee import Trainee
+    from distft.objective.trainee import Trainee, chunk_on
     from distft.optim import make_optimizer
     from distft.perf import cost_of
     from distft.strategy import make_strategy
@@ -136,12 +139,19 @@ def lay_out(run: Run, world: World, size: Size, strategy: Any = None, fused: boo
     restore_ties(model)
     model, weights = tuning.apply(model, run.tuning, RandomWeights(model, world.device), run.seed)
     layers = blocks(model)
-    notes = [*adapters.apply(model), *kernels.apply(model, "auto", world.device)] if fused else []
+    notes = []
+    if fused:
+        notes += adapters.apply(model, run.model.compile)
+        notes += [] if run.model.compile else kernels.apply(model, "auto", world.device)
+    if run.model.compile:
+        from distft.model import compile
+
+        compile.enable(layers, world.device)
     activation.enable(model, layers, run.activation.mode)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     cost = cost_of(model, layers)
-    trainee = Trainee(model)
+    trainee = Trainee(model, chunk_on(world.device, model.config))
     trainee.train()
     strategy.prepare(trainee, layers, weights, partial(make_optimizer, shapes=shapes, optim=run.optim))
     return Laid(strategy, cost, notes, num_trained)

@@ -213,12 +213,12 @@ def flash_attn() -> str:
 def torch_varlen() -> str:
     import torch
 
+    from distft.model.varlen import has_torch_varlen
     from distft.model.varlen import torch_varlen as kernel
-    from distft.model.varlen import torch_varlen_options
 
     if device().type != "cuda":
         raise Absent("FlashAttention inside PyTorch needs a GPU")
-    if torch_varlen_options() is None:
+    if not has_torch_varlen():
         raise Absent("this torch has none with windows (2.11 has)")
     agrees(tokens_first(kernel), torch.bfloat16)
     return "FlashAttention inside PyTorch"

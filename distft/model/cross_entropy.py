@@ -215,6 +215,8 @@ def of_torch(
     sums: Sums | None,
 ) -> tuple[Tensor, Gradients]:
     """torch >= 2.13. It makes gradients in the forward pass of a sum only; by position it computes the logits again."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ValueError("it needs torch >= 2.13")
     from torch.nn import LinearCrossEntropyOptions
 
     assert request.targets is not None

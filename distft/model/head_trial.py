@@ -156,7 +156,8 @@ def trial(shape: Shape, tail: Tail, device: torch.device, repeats: int = REPEATS
                 del answer
                 times = [] if complaint else [timed(call, device) for _ in range(repeats)]
         except Exception as error:  # a package of another version may raise anything
-            findings[name] = Finding(None, f"cannot: {type(error).__name__}: {error}".split("\n")[0][:160])
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            findings[name] = Finding(None, f"cannot: {said}".split("\n")[0][:160])
             continue
         findings[name] = Finding(None, complaint) if complaint else Finding(1e3 * statistics.median(times))
     if device.type == "cuda":

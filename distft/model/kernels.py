@@ -99,8 +99,12 @@ def fused_kinds() -> dict[str, list[Patch]]:
     from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction
 
     def normed(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
+        out: Tensor
+        if torch_norms(states, weight, offset):
+            out = torch.ops.aten._fused_rms_norm(states, weight.shape, weight, eps)[0]
+            return out
         # Not in place: with residuals behind the norm the incoming gradient is needed once more.
-        out: Tensor = LigerRMSNormFunction.apply(states, weight, eps, offset, casting, False, None)
+        out = LigerRMSNormFunction.apply(states, weight, eps, offset, casting, False, None)
         return out
 
     return {
@@ -109,6 +113,11 @@ def fused_kinds() -> dict[str, list[Patch]]:
         "SwiGLU": [functools.partial(fuse_gated, function=LigerSiLUMulFunction.apply)],
         "GeGLU": [functools.partial(fuse_gated, function=LigerGELUMulFunction.apply)],
     }
+
+
+def torch_norms(states: Tensor, weight: Tensor, offset: float) -> bool:
+    """Whether torch's own kernel takes this RMSNorm: to start one of Triton's costs the host several times as much."""
+    return offset == 0 and states.dtype == weight.dtype and states.device.type == "cuda"
 
 
 def lean_kinds() -> dict[str, list[Patch]]:
@@ -143,7 +152,7 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def fuse_norm(module: nn.Module, function: Callable[..., Tensor], variant: tuple[float, str]) -> bool:
-    """RMSNorm (Zhang & Sennrich 2019) with a weight. `variant`: of NORMS."""
+    """RMSNorm (Zhang & Sennrich 2019) with a weight. `variant`: of NORMS. Under autocast its output is of that type."""
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
         return False
@@ -152,7 +161,12 @@ def fuse_norm(module: nn.Module, function: Callable[..., Tensor], variant: tuple
         return False
 
     def forward(self: Any, states: Tensor) -> Tensor:
-        return function(states, self.weight, eps, *variant)
+        out = function(states, self.weight, eps, *variant)
+        device = out.device.type
+        # What comes behind is a product under autocast: it is cast here, and not by each of those that take it.
+        if out.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
+            return out.to(torch.get_autocast_dtype(device))
+        return out
 
     module.forward = types.MethodType(forward, module)
     return True

@@ -8,7 +8,6 @@ of flash-attn where it is installed, else the one inside PyTorch.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -88,7 +87,8 @@ def varlen_attention(
     if query.device.type == "cuda" and max_length_q is not None and cu_seq_lens_q is not None:
         kernel = kernel_for(query, value, dropout)
         if kernel is not None:
-            q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            # `squeeze` and no index: what comes back is then a view too, and no copy into zeros.
+            q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
             return kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
     lengths = list(document_lengths)
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
@@ -165,7 +165,7 @@ def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
         return None
     if has_flash_attention():
         return functools.partial(flash_attention, dropout=dropout)
-    if torch_varlen_options() is None or dropout:
+    if not has_torch_varlen() or dropout:
         return None
     return torch_varlen
 
@@ -198,35 +198,26 @@ def flash_attention(
 
 
 @functools.cache
-def torch_varlen_options() -> frozenset[str] | None:
-    """Parameters of this torch's `varlen_attn`; None where it is missing or knows no windows (before 2.11)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    names = frozenset(inspect.signature(varlen_attn).parameters)
-    return names if {"window_size", "scale"} <= names else None
+def has_torch_varlen() -> bool:
+    """Whether this torch has FlashAttention for CUDA, with windows (2.11 and later)."""
+    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    available = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    return {"scale", "window_size_left"} <= {argument.name for argument in arguments} and bool(available())
 
 
 def torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, scaling: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    """[tokens, heads, size] -> the same shape, by FlashAttention inside PyTorch."""
-    from torch.nn.attention.varlen import varlen_attn
+    """[tokens, heads, size] -> the same shape, by FlashAttention inside PyTorch; key and value may have fewer heads.
 
-    options: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in (torch_varlen_options() or ()):
-            options["enable_gqa"] = True
-        else:
-            group = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    out = varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_length, max_length,
-        scale=scaling, window_size=(-1, 0) if window is None else (window - 1, 0), **options,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    The operator that `torch.nn.attention.varlen.varlen_attn` calls: that function is written in Python, forward and
+    backward, costs the host several times as much and knows groups only from torch 2.13 on.
+    """
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, window is None, False,
+        scale=scaling, window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )[0]  # fmt: skip
     return out
 
 

@@ -18,6 +18,8 @@ from distft.model.varlen import packed_arguments
 
 CPU_LOGITS, MOST_CPU_LOGITS = 1 << 23, 1 << 25  # that exist at a time: 32 MiB, with many words up to 128
 CPU_CHUNK = 256  # positions: from here on larger products are no faster
+GPU_CHUNK = 2048  # positions, where a chunk's logits in all their copies take at most GPU_SHARE of the memory
+GPU_SHARE, BYTES_A_LOGIT = 1 / 32, 12  # bf16, its gradient, and fp32 before and after the softmax
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Trainee(nn.Module):
 
     def __init__(self, model: nn.Module, vocab_chunk: int = 512) -> None:
         """`vocab_chunk`: supervised positions whose logits exist at a time, at most; on a CPU fewer if there are many
-        words.
+        words. See `chunk_on`.
 
         Raises:
             UserMistake: adapters lie on the output head.
@@ -168,6 +170,25 @@ def cpu_chunk(vocabulary: int) -> int:
     """
     chunk = max(CPU_LOGITS // vocabulary, min(CPU_CHUNK, MOST_CPU_LOGITS // vocabulary))
     return max(64, chunk - chunk % 64)
+
+
+def chunk_on(device: torch.device, config: Any) -> int:
+    """The `vocab_chunk` of a run on this device."""
+    if device.type != "cuda":
+        return 512
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return gpu_chunk(config.get_text_config().vocab_size, memory)
+
+
+def gpu_chunk(vocabulary: int, memory: int) -> int:
+    """Positions whose logits exist at a time on a GPU with so many bytes of memory: from 512 to GPU_CHUNK.
+
+    Every chunk reads the head's weight, and with a trained head its gradient, once more.
+    """
+    chunk = GPU_CHUNK
+    while chunk > 512 and chunk * vocabulary * BYTES_A_LOGIT > GPU_SHARE * memory:
+        chunk //= 2
+    return chunk
 
 
 def sums_by_source(nll: Tensor, sources: Tensor, num_sources: int) -> tuple[Tensor, Tensor]:

@@ -88,9 +88,11 @@ class Ddp:
 
     def step(self, lr: float, keep: bool | Tensor = True) -> Tensor:
         norm = self.update.step(lr, keep)
-        # DDP's gradients are views into its buckets: cleared in place they stay there and are never copied. On one
-        # rank new ones would lie between activations, and leave their memory in pieces.
-        self.update.optimizer.zero_grad(set_to_none=False)
+        # DDP's gradients are views into its buckets: cleared in place they stay there and are never copied. On a CPU
+        # new ones would lie between activations, and leave their memory in pieces; on a GPU alone to make them is
+        # cheaper than to clear them and add to them.
+        alone = self.world.size == 1 and self.world.device.type == "cuda"
+        self.update.optimizer.zero_grad(set_to_none=alone)
         return norm
 
     @property

@@ -115,7 +115,7 @@ class Job:
         from distft.model.load import blocks, build
         from distft.model.mapping import open_weights
         from distft.objective import budget
-        from distft.objective.trainee import Trainee
+        from distft.objective.trainee import Trainee, chunk_on
         from distft.optim import make_optimizer
         from distft.perf import cost_of, give_back
         from distft.strategy import make_strategy
@@ -141,7 +141,7 @@ class Job:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         cost = cost_of(model, layers)
-        trainee = Trainee(model)
+        trainee = Trainee(model, chunk_on(world.device, model.config))
         numbers = numbers_of(run.strategy.name, precision, model)
         again = budget.choose(trainee, layers, run, plan, world.device, numbers)
         notes += again.notes

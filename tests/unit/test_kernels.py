@@ -95,6 +95,30 @@ def test_plain_torch_under_autocast() -> None:
         assert (lean[name] - gradient).norm() <= 1.5 * (own[name] - gradient).norm() + 1e-6, name
 
 
+def test_under_autocast_a_norm_casts_once_for_all_that_follow() -> None:
+    """To the bits that each product would have made of it."""
+    model, ids = llama(), torch.arange(1, 90)[None]
+    kernels.apply(model, "auto", CPU)
+    norm, products = model.model.layers[0].input_layernorm, []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: products.append((inputs[0], output)))
+        for layer in (getattr(model.model.layers[0].self_attn, f"{letter}_proj") for letter in "qkv")
+    ]
+    with torch.no_grad():
+        states = model.model.embed_tokens(ids)
+        wide = norm(states)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids)
+            assert norm(states).dtype == torch.bfloat16
+            expected = model.model.layers[0].self_attn.q_proj(wide)
+    for hook in hooks:
+        hook.remove()
+    assert wide.dtype == torch.float32
+    given = [tensor for tensor, _ in products[:3]]
+    assert all(tensor is given[0] and tensor.dtype == torch.bfloat16 for tensor in given)
+    assert torch.equal(products[0][1], expected)
+
+
 def test_frozen_weights_get_no_gradient() -> None:
     model, ids = llama(), torch.arange(1, 20)[None]
     for name, parameter in model.named_parameters():

@@ -21,6 +21,7 @@ from distft.objective.trainee import (
     LossSums,
     Trainee,
     cpu_chunk,
+    gpu_chunk,
 )
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -328,3 +329,12 @@ def test_positions_at_a_time_on_a_cpu(vocabulary: int) -> None:
     assert chunk == 64 or chunk * vocabulary <= MOST_CPU_LOGITS
     assert chunk >= 256 or (chunk + 64) * vocabulary > MOST_CPU_LOGITS
     assert chunk <= 256 or chunk * vocabulary <= CPU_LOGITS
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "gib", "chunk"),
+    [(128_256, 139.8, 2048), (128_256, 79, 1024), (128_256, 24, 512), (32_000, 24, 2048)],
+)
+def test_positions_at_a_time_on_a_gpu(vocabulary: int, gib: float, chunk: int) -> None:
+    """On an H200, an H100, and a card of 24 GiB with many words and with few."""
+    assert gpu_chunk(vocabulary, int(gib * 2**30)) == chunk
