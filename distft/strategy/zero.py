@@ -147,12 +147,17 @@ class Zero:
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
         with muted(self.optimizer) if keep is False else contextlib.nullcontext():
             self.engine.step()
+        self._tell_of_writing()
         if keep is not False and not self.engine.optimizer.overflow:
             self._num_updates += 1
             if dropped is not None:
                 self._num_dropped = dropped + self._num_dropped
         norm = self.engine.optimizer._global_grad_norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    def _tell_of_writing(self) -> None:
+        """DeepSpeed writes parameters past autograd, and adapters are cast anew only where somebody wrote."""
+        torch.autograd.graph.increment_version(self.trained.values())
 
     @contextlib.contextmanager
     def _memory_efficient_linear(self) -> Iterator[None]:
@@ -232,6 +237,7 @@ class Zero:
         zero = self.engine.optimizer
         if self.stage < 3:
             zero.update_lp_params()
+            self._tell_of_writing()
             return
         zero._partition_all_parameters()
         for index in range(len(zero.fp16_groups)):
