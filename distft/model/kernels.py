@@ -1,9 +1,10 @@
 """Better RMSNorm, RoPE and SwiGLU/GeGLU than the models' own, put on instances and never on classes.
 
 On CUDA they are the fused kernels of liger-kernel (Hsu et al. 2024), whose own `apply_liger_kernel_to_<model>` knows
-models by name and replaces functions for the whole process; elsewhere those of `distft.model.lean`, which keep less for
-the backward pass. A kind of layer is recognised by its shape, tried on a small copy of the model on the same device,
-forward and backward, and taken only if the copy's logits and gradients stay what they were.
+models by name and replaces functions for the whole process, and torch's own RMSNorm where that is the same; elsewhere
+those of `distft.model.lean`, which keep less for the backward pass. A kind of layer is recognised by its shape, tried
+on a small copy of the model on the same device, forward and backward, and taken only if the copy's logits and gradients
+stay what they were.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ TOLERANCE = 1e-3  # of the largest value; fp32 with another order of sums stays 
 def apply(model: Any, mode: str, device: torch.device) -> list[str]:
     """Put them on the layers of `model`, also on meta or wrapped by PEFT. Returns what the user should know.
 
-    mode: `auto` takes fused kernels on CUDA where liger-kernel is installed, else plain torch's; `liger` insists;
-    `none` leaves the model alone.
+    mode: `auto` takes fused kernels on CUDA where liger-kernel is installed, else plain torch's; `liger` insists, and
+    takes its RMSNorm too; `none` leaves the model alone.
 
     Raises:
         UserMistake: `liger` where it cannot be had.
@@ -48,7 +49,7 @@ def apply(model: Any, mode: str, device: torch.device) -> list[str]:
     if small is None:
         note = "model.kernels: no small copy of this model could be made to check fused kernels on, so none are used"
         return [] if missing else [note]
-    taken = proven(small, device, lean_kinds() if missing else fused_kinds())
+    taken = proven(small, device, lean_kinds() if missing else fused_kinds(mode == "auto"))
     for patch in taken.values():
         for module in causal.modules():
             patch(module)
@@ -94,19 +95,17 @@ def put_back(module: nn.Module, forward: Any) -> None:
 NORMS = [(0.0, "llama"), (1.0, "gemma")]  # offset of the weight, and where it casts to fp32
 
 
-def fused_kinds() -> dict[str, list[Patch]]:
-    """Liger's patches by name; of several variants the first that proves right is taken."""
+def fused_kinds(may_be_torchs: bool = True) -> dict[str, list[Patch]]:
+    """Patches by name, Liger's but for RMSNorm where it may be torch's; of several variants the first that proves right
+    is taken."""
     from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction
 
-    def normed(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
-        out: Tensor
-        if torch_norms(states, weight, offset):
-            out = torch.ops.aten._fused_rms_norm(states, weight.shape, weight, eps)[0]
-            return out
+    def of_liger(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
         # Not in place: with residuals behind the norm the incoming gradient is needed once more.
-        out = LigerRMSNormFunction.apply(states, weight, eps, offset, casting, False, None)
+        out: Tensor = LigerRMSNormFunction.apply(states, weight, eps, offset, casting, False, None)
         return out
 
+    normed = functools.partial(torchs_or, of_liger) if may_be_torchs else of_liger
     return {
         "RMSNorm": [functools.partial(fuse_norm, function=normed, variant=variant) for variant in NORMS],
         "RoPE": [fuse_rotary],
@@ -115,17 +114,23 @@ def fused_kinds() -> dict[str, list[Patch]]:
     }
 
 
-def torch_norms(states: Tensor, weight: Tensor, offset: float) -> bool:
-    """Whether torch's own kernel takes this RMSNorm: to start one of Triton's costs the host several times as much."""
-    return offset == 0 and states.dtype == weight.dtype and states.device.type == "cuda"
+def torchs_or(
+    own: Callable[..., Tensor], states: Tensor, weight: Tensor, eps: float, offset: float, casting: str
+) -> Tensor:
+    """RMSNorm by torch's kernel where that takes it: to start one of Triton's costs the host several times as much."""
+    if offset or states.dtype != weight.dtype or states.device.type != "cuda":
+        return own(states, weight, eps, offset, casting)
+    out: Tensor = torch.ops.aten._fused_rms_norm(states, weight.shape, weight, eps)[0]
+    return out
 
 
 def lean_kinds() -> dict[str, list[Patch]]:
     """The same in plain torch. The rotary embedding keeps nothing as it is."""
     from distft.model.lean import Gated, Normed
 
+    normed = functools.partial(torchs_or, Normed.apply)
     return {
-        "RMSNorm": [functools.partial(fuse_norm, function=Normed.apply, variant=variant) for variant in NORMS],
+        "RMSNorm": [functools.partial(fuse_norm, function=normed, variant=variant) for variant in NORMS],
         "SwiGLU": [functools.partial(fuse_gated, function=lambda gate, up: Gated.apply(gate, up, "silu"))],
         "GeGLU": [functools.partial(fuse_gated, function=lambda gate, up: Gated.apply(gate, up, "gelu"))],
     }
