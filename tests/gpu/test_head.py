@@ -60,6 +60,24 @@ def test_ways(way: str, trained: bool, softcap: float | None, device: str) -> No
         assert head.weight.grad is None
 
 
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk", [7, POSITIONS])
+def test_the_heads_gradient_is_summed_in_fp32(chunk: int, master: torch.dtype, device: str) -> None:
+    """Over chunks of bf16 factors: 1 % of the norm, and no worse where there are many of them."""
+    head, hidden, targets = pieces(device, torch.bfloat16, trained=True)
+    weight, states = (tensor.detach().float().requires_grad_() for tensor in (head.weight, hidden))
+    F.cross_entropy(states @ weight.T, targets, reduction="sum").backward()
+    head.to(master)
+    with torch.autocast("cuda", torch.bfloat16, enabled=master == torch.float32):
+        total, _ = head_forward(head, hidden, HeadRequest(Tail(), targets, chunk))
+    total.backward()
+    for got, want in ((hidden.grad, states.grad), (head.weight.grad, weight.grad)):
+        assert got is not None
+        assert want is not None
+        assert (got.float() - want).norm() <= 1e-2 * want.norm()
+
+
 @pytest.mark.parametrize("device", EVERYWHERE)
 def test_the_softmax_may_overwrite_its_input_on_a_cpu(device: str) -> None:
     """And gives the same bits: that is no promise of torch's."""

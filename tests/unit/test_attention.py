@@ -231,36 +231,3 @@ def test_what_is_lacking_is_refused() -> None:
             varlen.varlen_attention(module, q, q, q, None, **lacking)
     with pytest.raises(ValueError, match="no mask"):
         varlen.varlen_attention(module, q, q, q, torch.ones(1, 1, 4, 4))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("window", [None, 48])
-@pytest.mark.parametrize("size", [64, 128])
-def test_fused_kernels_on_a_gpu(window: int | None, size: int) -> None:
-    """Against the same attention document by document in fp32: bf16's 8 bits, 1% of the norm; isolated to the bit."""
-    lengths = (300, 1, 77, 122)
-    device, total = torch.device("cuda"), 500
-    torch.manual_seed(0)
-    leaves = [torch.randn(1, heads, total, size, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2)]
-    given = {
-        "document_lengths": lengths,
-        "cu_seq_lens_q": torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32),
-        "max_length_q": max(lengths),
-        "sliding_window": window,
-    }
-
-    def run(tensors: list[Tensor]) -> list[Tensor]:
-        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        out, _ = varlen.varlen_attention(nn.Module(), *inputs, None, **given)
-        out.float().square().sum().backward()
-        return [out.detach(), *(leaf.grad for leaf in inputs if leaf.grad is not None)]
-
-    assert varlen.kernel_for(leaves[0], leaves[2], 0.0) is not None
-    assert varlen.kernel_for(leaves[0].float(), leaves[2].float(), 0.0) is None
-    low, exact = run(leaves), run([leaf.float() for leaf in leaves])
-    for got, want in zip(low, exact, strict=True):
-        assert (got.float() - want).norm() <= 1e-2 * want.norm()
-    leaves[1][:, :, :300] += 1
-    assert torch.equal(run(leaves)[0][:, 300:], low[0][:, 300:])
-    assert not torch.equal(run(leaves)[0][:, :300], low[0][:, :300])
