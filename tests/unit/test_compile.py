@@ -102,6 +102,16 @@ def test_other_documents_give_the_same_numbers_and_no_other_graphs(backend: str,
             assert 0 < num_graphs <= (2 if lora else 1) * GRAPHS_OF_A_BLOCK
 
 
+def test_nothing_but_attention_cuts_a_block_under_autocast() -> None:
+    """With adapters too: torch 2.11 does not look into every question that one can ask about autocast."""
+    quick = trainee("eager", lora=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        quick(LossRequest(row(LENGTHS[0]), scale=1.0)).loss.backward()
+    cuts = torch._dynamo.utils.counters["graph_break"]
+    assert cuts
+    assert all("varlen_attention" in reason for reason in cuts), cuts
+
+
 def test_a_tuple_of_lengths_would_be_compiled_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     from distft.objective import trainee as room
