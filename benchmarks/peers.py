@@ -53,8 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--choose",
         default="",
-        help="programs, by commas, of which the untimed run tries all settings in every cell"
-        " and the fastest there is measured, in place of the first",
+        help="programs, by commas, of which the untimed run tries all settings in every cell, as many steps as the"
+        " others take, and the fastest there is measured, in place of the first",
     )
     parser.add_argument("--count", action="store_true", help="count the operations of distft and the fastest other")
     parser.add_argument("--repeats", type=int, help="runs of each; default: 5, for --table and --toy 1")
@@ -184,9 +184,10 @@ def left(tried: dict[tuple[str, str, str], float], chosen: Sequence[str]) -> set
 def once(
     case: Case, data: Path, program: str, setting: str, repeat: int, given: argparse.Namespace, steps: int
 ) -> Measured:
-    """One run; repeat 0 is untimed and short."""
-    warm_up = 1 if repeat == 0 else steps // 2
-    work = work_of(case, data, 2 if repeat == 0 else steps)
+    """One run; repeat 0 is untimed, and short where nothing is chosen by it."""
+    short = repeat == 0 and program not in given.choose.split(",")
+    warm_up = 1 if short else steps // 2
+    work = work_of(case, data, 2 if short else steps)
     began = time.monotonic()
     measured = run(program, setting, interpreter(program, given), work, given.threads, warm_up)
     print(
