@@ -9,6 +9,7 @@ distft.model.head_trial chooses.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -60,42 +61,17 @@ NLL: [positions] fp32; or, where the request does not ask for it by position, an
 """
 
 
-def chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    request: HeadRequest,
-    needs: tuple[bool, ...],
-    sums: Sums | None,
-) -> tuple[Tensor, Gradients]:
-    return in_chunks(hidden, weight, bias, request, needs, sums, softmax_gradient)
-
-
-def liger(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    request: HeadRequest,
-    needs: tuple[bool, ...],
-    sums: Sums | None,
-) -> tuple[Tensor, Gradients]:
-    """Liger's kernel between our products: its own fused function counts targets on the host, which would wait for the
-    device in every forward pass."""
-    if request.tail.scale != 1.0:
-        raise ValueError("it scales no logits")
-    return in_chunks(hidden, weight, bias, request, needs, sums, liger_gradient)
-
-
 def in_chunks(
+    differentiate: Callable[[Tensor, Tensor, Tail, bool], tuple[Tensor, Tensor]],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     request: HeadRequest,
     needs: tuple[bool, ...],
     sums: Sums | None,
-    differentiate: Callable[[Tensor, Tensor, Tail, bool], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Gradients]:
-    """Gradients of weight and bias are summed in fp32. `differentiate`: see `softmax_gradient`."""
+    """A `Way` once it knows how to `differentiate` (see `softmax_gradient`). Gradients of weight and bias are summed in
+    fp32."""
     targets, dtype = request.targets, weight.dtype
     assert targets is not None
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -154,7 +130,12 @@ def softmax_gradient(logits: Tensor, targets: Tensor, tail: Tail, wanted: bool) 
 
 
 def liger_gradient(logits: Tensor, targets: Tensor, tail: Tail, wanted: bool) -> tuple[Tensor, Tensor]:
-    """As `softmax_gradient`, by liger-kernel 0.8's kernel: logits become gradients where they lie, a row a program."""
+    """As `softmax_gradient`, by liger-kernel 0.8's kernel: logits become gradients where they lie, a row a program.
+
+    Liger's own fused function counts targets on the host, which would wait for the device in every forward pass.
+    """
+    if tail.scale != 1.0:
+        raise ValueError("it scales no logits")
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
     num_rows, vocabulary = logits.shape
@@ -240,4 +221,8 @@ def of_torch(
     return nll.detach().float(), (of_hidden, of_weight, of_bias)
 
 
-WAYS: dict[str, Way] = {"chunked": chunked, "liger": liger, "torch": of_torch}
+WAYS: dict[str, Way] = {
+    "chunked": partial(in_chunks, softmax_gradient),
+    "liger": partial(in_chunks, liger_gradient),
+    "torch": of_torch,
+}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distft.errors import UserMistake
 from distft.model import cross_entropy, head_trial
-from distft.model.cross_entropy import WAYS, chunked
+from distft.model.cross_entropy import WAYS
 from distft.model.head_trial import Finding, Shape, choice, remembered, settle, trial
 from distft.model.loss import HeadRequest, Tail, head_forward
 from distft.world import World
@@ -107,7 +107,7 @@ def test_the_trial_times_what_is_right_and_says_why_not() -> None:
 
 def test_the_trial_refuses_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(hidden: Tensor, weight: Tensor, bias: Any, request: Any, needs: Any, sums: Any) -> Any:
-        nll, (for_hidden, for_weight, for_bias) = chunked(hidden, weight, bias, request, needs, sums)
+        nll, (for_hidden, for_weight, for_bias) = WAYS["chunked"](hidden, weight, bias, request, needs, sums)
         return nll, (for_hidden, for_weight * 1.05, for_bias)
 
     monkeypatch.setitem(WAYS, "liger", wrong)
