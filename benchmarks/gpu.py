@@ -95,7 +95,7 @@ def measured(name: str, tuning: str, world: World, arguments: Any) -> dict[str, 
     """One case; raises torch.OutOfMemoryError where it does not fit."""
     size, device = SIZES[name], world.device
     precision = "bf16" if device.type == "cuda" else "fp32"
-    run = run_of(arguments.engine, tuning, precision, arguments.activation, arguments.compile)
+    run = run_of(arguments.engine, tuning, precision, arguments.activation, arguments.compile, arguments.kernels)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     laid = lay_out(run, world, size)
@@ -200,6 +200,7 @@ def options() -> Any:
     parser.add_argument("--tunings", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--engine", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--activation", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--kernels", default="auto", choices=["auto", "liger", "none"], help="model.kernels of a run")
     parser.add_argument("--compile", action="store_true", help="every block, as model.compile=true does")
     parser.add_argument("--micro-size", type=int, default=1, help="bins of a micro-batch, which is a step")
     parser.add_argument("--head", default="auto", choices=["auto", "chunked", "liger", "torch"])

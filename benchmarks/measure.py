@@ -94,12 +94,17 @@ class RandomWeights:
 
 
 def run_of(
-    strategy: str, tuning: str, precision: str = "fp32", activation: str = "none", compiled: bool = False
+    strategy: str,
+    tuning: str,
+    precision: str = "fp32",
+    activation: str = "none",
+    compiled: bool = False,
+    kernels: str = "auto",
 ) -> Run:
     from distft.config.schema import Run
 
     run = Run()
-    run.model.compile = compiled
+    run.model.compile, run.model.kernels = compiled, kernels
     run.strategy.name, run.tuning.method, run.precision, run.activation.mode = strategy, tuning, precision, activation
     run.optim.lr, run.tuning.lora_rank, run.tuning.target = 1e-4, 16, "all-linear"
     return run
@@ -142,7 +147,7 @@ def lay_out(run: Run, world: World, size: Size, strategy: Any = None, fused: boo
     notes = []
     if fused:
         notes += adapters.apply(model, run.model.compile)
-        notes += [] if run.model.compile else kernels.apply(model, "auto", world.device)
+        notes += [] if run.model.compile else kernels.apply(model, run.model.kernels, world.device)
     if run.model.compile:
         from distft.model import compile
 

@@ -219,7 +219,7 @@ def torch_varlen() -> str:
     if device().type != "cuda":
         raise Absent("FlashAttention inside PyTorch needs a GPU")
     if not has_torch_varlen():
-        raise Absent("this torch has none with windows (2.11 has)")
+        raise Absent("this torch was built without it")
     agrees(tokens_first(kernel), torch.bfloat16)
     return "FlashAttention inside PyTorch"
 

@@ -104,11 +104,12 @@ class Member:
 class Group:
     """Layers that share their input. Outputs made ahead are held until they are taken, or until the parent is done."""
 
-    def __init__(self, members: list[Member], casts: Casts | None = None) -> None:
+    def __init__(self, members: list[Member], all_groups: list[Group]) -> None:
         self.members = members
-        self.casts = casts or Casts()
-        if members:
-            self.casts.groups.append(self)
+        self.all_groups = all_groups  # of the model, this one among them
+        all_groups.append(self)
+        self.low: Copies | None = None  # of the adapters, kept from pass to pass
+        self.low_state: list[tuple[int, int]] = []  # in which state of theirs it was made
         self.input: Tensor | None = None
         self.state: tuple[int, bool] = (0, False)
         self.outputs: dict[Member, Tensor] = {}
@@ -138,48 +139,36 @@ class Group:
 
     def copies(self, x: Tensor) -> Copies | None:
         """The adapters in the type that `x` is computed in; None where that is their own."""
-        dtype = compute_dtype(x)
-        if type(x) is not Tensor or all(adapter.dtype == dtype for adapter in self.adapters()):
+        dtype, adapters = compute_dtype(x), self.adapters()
+        if type(x) is not Tensor or all(adapter.dtype == dtype for adapter in adapters):
             return None  # a fake one only counts: what it is given is none to keep
-        return self.casts.of(self, dtype)
+        if self.low is None or self.low.a.dtype != dtype or self.low_state != state(adapters):
+            cast_together(self.all_groups, dtype)
+        return self.low
 
 
-class Casts:
-    """Low-precision copies of a model's adapters: all of them made together when one has changed since.
+@torch.no_grad()
+def cast_together(groups: list[Group], dtype: torch.dtype) -> None:
+    """Renew `low` of all groups at once.
 
     Casts of each on its own, forward, backward and of its gradient, were 1,400 kernels in a step of an 8B model.
     """
-
-    def __init__(self) -> None:
-        self.groups: list[Group] = []
-        self.made: dict[Group, tuple[Copies, list[tuple[int, int]]]] = {}  # and of which state of the adapters
-
-    def of(self, group: Group, dtype: torch.dtype) -> Copies:
-        state = states(group)
-        made = self.made.get(group)
-        if made is None or made[0].a.dtype != dtype or made[1] != state:
-            self.make(dtype)
-        return self.made[group][0]
-
-    @torch.no_grad()
-    def make(self, dtype: torch.dtype) -> None:
-        targets, sources = [], []
-        for group in self.groups:
-            downs = [member.a.weight for member in group.members]
-            ups = [member.b.weight for member in group.members]
-            copies = self.made[group][0] if group in self.made else None
-            if copies is None or copies.a.dtype != dtype or copies.a.device != downs[0].device:
-                rows = sum(down.shape[0] for down in downs)
-                a = downs[0].new_empty((rows, downs[0].shape[1]), dtype=dtype)
-                copies = Copies(a, [torch.empty_like(up, dtype=dtype) for up in ups])
-            self.made[group] = copies, states(group)
-            targets += [*copies.a.split([down.shape[0] for down in downs]), *copies.b]
-            sources += [*downs, *ups]
-        torch._foreach_copy_(targets, sources)
+    targets, sources = [], []
+    for group in groups:
+        downs = [member.a.weight for member in group.members]
+        ups = [member.b.weight for member in group.members]
+        if group.low is None or group.low.a.dtype != dtype or group.low.a.device != downs[0].device:
+            rows = sum(down.shape[0] for down in downs)
+            a = downs[0].new_empty((rows, downs[0].shape[1]), dtype=dtype)
+            group.low = Copies(a, [torch.empty_like(up, dtype=dtype) for up in ups])
+        group.low_state = state(group.adapters())
+        targets += [*group.low.a.split([down.shape[0] for down in downs]), *group.low.b]
+        sources += [*downs, *ups]
+    torch._foreach_copy_(targets, sources)
 
 
-def states(group: Group) -> list[tuple[int, int]]:
-    return [(adapter.data_ptr(), adapter._version) for adapter in group.adapters()]
+def state(adapters: list[Tensor]) -> list[tuple[int, int]]:
+    return [(adapter.data_ptr(), adapter._version) for adapter in adapters]
 
 
 def computed(members: list[Member], x: Tensor, copies: Copies | None = None) -> tuple[Tensor, ...]:
@@ -214,18 +203,18 @@ def fused_forward(group: Group, member: Member, own: Callable[..., Tensor], x: T
 
 
 def fuse(model: nn.Module, siblings: Siblings) -> None:
-    casts = Casts()
+    all_groups: list[Group] = []
     for parent in model.modules():
         found = {name: adapter_of(child) for name, child in parent.named_children()}
         members = {name: Member.of(getattr(parent, name), adapter) for name, adapter in found.items() if adapter}
         shared = siblings.get(kind_of(parent), [])
         groups = [[members.pop(name) for name in names if name in members] for names in shared]
-        for together in groups:
-            install(Group(together, casts))
+        for together in filter(None, groups):
+            install(Group(together, all_groups))
         if any(len(together) > 1 for together in groups):
             parent.register_forward_hook(forget, always_call=True)
         for member in members.values():
-            install(Group([member], casts))
+            install(Group([member], all_groups))
 
 
 def install(group: Group) -> None:

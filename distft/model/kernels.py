@@ -95,7 +95,7 @@ def put_back(module: nn.Module, forward: Any) -> None:
 NORMS = [(0.0, "llama"), (1.0, "gemma")]  # offset of the weight, and where it casts to fp32
 
 
-def fused_kinds(may_be_torchs: bool = True) -> dict[str, list[Patch]]:
+def fused_kinds(may_be_torchs: bool) -> dict[str, list[Patch]]:
     """Patches by name, Liger's but for RMSNorm where it may be torch's; of several variants the first that proves right
     is taken."""
     from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction

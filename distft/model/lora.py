@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # An operator of its own, so that selective checkpointing sees one call whose results it may keep: of the products
 # inside, it would keep every partial sum, and not allow the next to be added in place.
@@ -49,15 +48,6 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("distft::adapted_linear", _adapted_linear, lib=_library)
 
 
-def called(*arguments: Any) -> list[Tensor]:
-    """As the operator where a mode looks on; elsewhere without its dispatcher, which takes the host longer than all of
-    the products."""
-    if _get_current_dispatch_mode() is None:
-        return _adapted_linear(*arguments)
-    outputs: list[Tensor] = torch.ops.distft.adapted_linear(*arguments)
-    return outputs
-
-
 class Copies(NamedTuple):
     """Adapters in the type of x."""
 
@@ -65,10 +55,14 @@ class Copies(NamedTuple):
     b: list[Tensor]  # [out_i, lora_rank_i] each
 
 
+def stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All A's, one below the other: [sum of lora ranks, in]."""
+    return (a[0] if len(a) == 1 else torch.cat(list(a))).to(dtype)
+
+
 def copied(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Copies:
-    """Casts, and views or the tensors themselves where they are of `dtype` already."""
-    together = a[0] if len(a) == 1 else torch.cat(list(a))
-    return Copies(together.to(dtype), [up.to(dtype) for up in b])
+    """Made for one call; what is of `dtype` already stays itself."""
+    return Copies(stacked(a, dtype), [up.to(dtype) for up in b])
 
 
 def adapted_linear(
@@ -89,7 +83,7 @@ def adapted_linear(
     if torch.is_grad_enabled():
         outputs: tuple[Tensor, ...] = AdaptedLinear.apply(x, tuple(scales), copies, *weights, *biases, *a, *b)
         return outputs
-    return tuple(called(x, weights, biases, *(copies or copied(a, b, x.dtype)), scales)[1:])
+    return tuple(torch.ops.distft.adapted_linear(x, weights, biases, *(copies or copied(a, b, x.dtype)), scales)[1:])
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -98,7 +92,7 @@ class AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, scales: tuple[float, ...], copies: Copies | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
         weights, biases, a, b = quarters(tensors)
-        low, *outputs = called(x, weights, biases, *(copies or copied(a, b, x.dtype)), scales)
+        low, *outputs = torch.ops.distft.adapted_linear(x, weights, biases, *(copies or copied(a, b, x.dtype)), scales)
         # Parameters themselves and no views or casts of them: an engine may free their memory until the backward pass.
         adapters = (*a, *b) if copies is None else (copies.a, *copies.b)
         ctx.save_for_backward(x, low, *weights, *adapters)
@@ -135,7 +129,7 @@ class AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             downs = adapters[0].split(ranks) if ctx.copied else adapters
             whole = ctx.copied and len(used) == count
-            total = together @ (adapters[0] if whole else copied([downs[index] for index in used], [], x.dtype).a)
+            total = together @ (adapters[0] if whole else stacked([downs[index] for index in used], x.dtype))
             for index in used:
                 total.addmm_(flat[index], weights[index])
             x_gradient = total.view(x.shape)

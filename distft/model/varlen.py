@@ -197,12 +197,9 @@ def flash_attention(
     return out
 
 
-@functools.cache
 def has_torch_varlen() -> bool:
-    """Whether this torch has FlashAttention for CUDA, with windows (2.11 and later)."""
-    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
-    available = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    return {"scale", "window_size_left"} <= {argument.name for argument in arguments} and bool(available())
+    """Whether this torch was built with FlashAttention."""
+    return bool(torch.backends.cuda.is_flash_attention_available())
 
 
 def torch_varlen(
@@ -212,7 +209,7 @@ def torch_varlen(
     """[tokens, heads, size] -> the same shape, by FlashAttention inside PyTorch; key and value may have fewer heads.
 
     The operator that `torch.nn.attention.varlen.varlen_attn` calls: that function is written in Python, forward and
-    backward, costs the host several times as much and knows groups only from torch 2.13 on.
+    backward, and knows groups of heads only from torch 2.13 on.
     """
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, window is None, False,

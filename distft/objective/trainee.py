@@ -16,6 +16,7 @@ from distft.model.head import Request, attach, check_head
 from distft.model.loss import tail_of
 from distft.model.varlen import packed_arguments
 
+CHUNK = 512  # positions whose logits exist at a time, if nothing else is known
 CPU_LOGITS, MOST_CPU_LOGITS = 1 << 23, 1 << 25  # that exist at a time: 32 MiB, with many words up to 128
 CPU_CHUNK = 256  # positions: from here on larger products are no faster
 GPU_CHUNK = 2048  # positions, where a chunk's logits in all their copies take at most GPU_SHARE of the memory
@@ -67,7 +68,7 @@ class Trainee(nn.Module):
 
     notes: tuple[str, ...]  # what the user should know about the way this model's loss is computed
 
-    def __init__(self, model: nn.Module, vocab_chunk: int = 512) -> None:
+    def __init__(self, model: nn.Module, vocab_chunk: int = CHUNK) -> None:
         """`vocab_chunk`: supervised positions whose logits exist at a time, at most; on a CPU fewer if there are many
         words. See `chunk_on`.
 
@@ -175,18 +176,18 @@ def cpu_chunk(vocabulary: int) -> int:
 def chunk_on(device: torch.device, config: Any) -> int:
     """The `vocab_chunk` of a run on this device."""
     if device.type != "cuda":
-        return 512
+        return CHUNK
     memory = torch.cuda.get_device_properties(device).total_memory
     return gpu_chunk(config.get_text_config().vocab_size, memory)
 
 
 def gpu_chunk(vocabulary: int, memory: int) -> int:
-    """Positions whose logits exist at a time on a GPU with so many bytes of memory: from 512 to GPU_CHUNK.
+    """Positions whose logits exist at a time on a GPU with so many bytes of memory: from CHUNK to GPU_CHUNK.
 
     Every chunk reads the head's weight, and with a trained head its gradient, once more.
     """
     chunk = GPU_CHUNK
-    while chunk > 512 and chunk * vocabulary * BYTES_A_LOGIT > GPU_SHARE * memory:
+    while chunk > CHUNK and chunk * vocabulary * BYTES_A_LOGIT > GPU_SHARE * memory:
         chunk //= 2
     return chunk
 

@@ -283,14 +283,9 @@ def kept(layers: list[Any], x: Tensor, precision: torch.dtype) -> list[Tensor]:
     del outputs
     for layer in layers:
         if "forward" in vars(layer):
-            made, _ = casts_of(layer).made.get(layer.forward.args[0], (None, None))
-            own |= {tensor.untyped_storage().data_ptr() for tensor in ([made.a, *made.b] if made else [])}
+            low = layer.forward.args[0].low
+            own |= {tensor.untyped_storage().data_ptr() for tensor in ([low.a, *low.b] if low else [])}
     return [tensor for address, tensor in found.items() if address not in own]
-
-
-def casts_of(layer: Any) -> adapters.Casts:
-    casts: adapters.Casts = layer.forward.args[0].casts
-    return casts
 
 
 def bytes_of(tensors: list[Tensor]) -> int:
